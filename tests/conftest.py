@@ -1,0 +1,23 @@
+"""Shared set-up: 8 simulated devices, and the folder of golden files."""
+
+import os
+import pathlib
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+GOLDEN = pathlib.Path(os.environ.get("POISE_GOLDEN", pathlib.Path(__file__).parent / "golden"))
+
+
+def golden_files(area: str, pattern: str) -> list[pathlib.Path]:
+    """The golden files of an area that match a pattern, in order; the folder may be flat."""
+    return sorted((GOLDEN / area).glob(pattern)) or sorted(GOLDEN.glob(pattern))
+
+
+def pytest_generate_tests(metafunc):
+    """Fills the argument `golden_file` of tests marked `@pytest.mark.golden` and `golden_pattern("area", "name_*.npz")`."""
+    marker = metafunc.definition.get_closest_marker("golden_pattern")
+    if marker and "golden_file" in metafunc.fixturenames:
+        files = golden_files(*marker.args)
+        metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
