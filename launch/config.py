@@ -251,7 +251,7 @@ def _exit(prog: str, sentence: str) -> NoReturn:
 
 
 def _help(fields, recipes: Mapping[str, Mapping[str, Any]], default_recipe: str | None, prog: str, about: str) -> str:
-    lines = [f"usage: python -m {prog} [--flag=value ...]", "", *textwrap.wrap(about, 110), ""]
+    lines = [f"usage: {prog} [--flag=value ...]", "", *textwrap.wrap(about, 110), ""]
     if recipes:
         lines += ["--recipe=NAME picks a preset; flags override it:"]
         for name, overrides in recipes.items():
