@@ -11,15 +11,33 @@ from poise.fdistill.divergences import (
     scale,
     skew_js,
 )
+from poise.fdistill.ratio import (
+    RatioBins,
+    bin_index,
+    effective_sample_size,
+    fastgen_weight,
+    init_ratio_bins,
+    log_ratio,
+    normalize_log_ratio,
+    normalized_weight,
+)
 
 __all__ = [
     "DIVERGENCES",
     "FDivergence",
+    "RatioBins",
     "alpha",
+    "bin_index",
     "divergence",
+    "effective_sample_size",
     "f_divergence",
     "f_weight",
+    "fastgen_weight",
     "from_function",
+    "init_ratio_bins",
+    "log_ratio",
+    "normalize_log_ratio",
+    "normalized_weight",
     "scale",
     "skew_js",
 ]
