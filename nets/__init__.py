@@ -1,1 +1,42 @@
-"""nets"""
+"""Every Flax module: diffusion U-Nets, their preconditioning and layers, and the heads that estimate density ratios."""
+
+from poise.nets.edm import (
+    EDMCoefficients,
+    EDMPrecond,
+    edm_coefficients,
+    iddpm_coefficients,
+    iddpm_levels,
+    ve_coefficients,
+    vp_coefficients,
+)
+from poise.nets.embeddings import FourierEmbedding, PositionalEmbedding, positional_embedding
+from poise.nets.group_norm import GroupNorm, group_count
+from poise.nets.initializers import LayerInit
+from poise.nets.labels import label_vectors
+from poise.nets.resampling import ResampleConv, downsample, upsample
+from poise.nets.song_unet import SongUNet
+from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
+
+__all__ = [
+    "BlockStyle",
+    "EDMCoefficients",
+    "EDMPrecond",
+    "FourierEmbedding",
+    "GroupNorm",
+    "LayerInit",
+    "PositionalEmbedding",
+    "ResampleConv",
+    "SongUNet",
+    "UNetBlock",
+    "downsample",
+    "edm_coefficients",
+    "group_count",
+    "iddpm_coefficients",
+    "iddpm_levels",
+    "label_vectors",
+    "pixel_attention",
+    "positional_embedding",
+    "upsample",
+    "ve_coefficients",
+    "vp_coefficients",
+]
