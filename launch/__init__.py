@@ -8,19 +8,67 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
+    "CheckpointError": "checkpoint",
     "ConfigError": "config",
+    "Console": "progress",
+    "Data": "data",
+    "DataError": "data",
+    "DeviceError": "devices",
+    "FitResult": "loop",
+    "InMemory": "data",
+    "Interrupted": "signals",
     "LaunchError": "errors",
+    "NoData": "data",
+    "NonFiniteError": "loop",
+    "Phase": "phase",
+    "Writer": "writers",
+    "batch_indices": "data",
     "field": "config",
+    "fit": "loop",
     "parse_config": "config",
+    "restore_tree": "checkpoint",
     "settle_config": "config",
     "validate": "config",
+    "workdir_lock": "lock",
 }
 
 if TYPE_CHECKING:
+    from poise.launch.checkpoint import CheckpointError, restore_tree
     from poise.launch.config import ConfigError, field, parse_config, settle_config, validate
+    from poise.launch.data import Data, DataError, InMemory, NoData, batch_indices
+    from poise.launch.devices import DeviceError
     from poise.launch.errors import LaunchError
+    from poise.launch.lock import workdir_lock
+    from poise.launch.loop import FitResult, NonFiniteError, fit
+    from poise.launch.phase import Phase
+    from poise.launch.progress import Console
+    from poise.launch.signals import Interrupted
+    from poise.launch.writers import Writer
 
-__all__ = ["ConfigError", "LaunchError", "field", "parse_config", "settle_config", "validate"]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Console",
+    "Data",
+    "DataError",
+    "DeviceError",
+    "FitResult",
+    "InMemory",
+    "Interrupted",
+    "LaunchError",
+    "NoData",
+    "NonFiniteError",
+    "Phase",
+    "Writer",
+    "batch_indices",
+    "field",
+    "fit",
+    "parse_config",
+    "restore_tree",
+    "settle_config",
+    "validate",
+    "workdir_lock",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -13,6 +13,7 @@ class DataError(LaunchError, ValueError):
     """Data that cannot be trained on; the message names it."""
 
 
+@runtime_checkable
 class Data(Protocol):
     """What a phase reads.
 

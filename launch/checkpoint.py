@@ -1,0 +1,435 @@
+"""Checkpoints of a run: written atomically in the background, verified when read, and never lost to a damaged one."""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+
+from poise.launch.digest import digests
+from poise.launch.errors import LaunchError
+from poise.launch.leaves import Layout, abstract_data, dtype_named, from_data, leaf_name, nest, to_data
+
+FORMAT = 1
+ITEMS = ("state", "meta")
+
+
+class CheckpointError(LaunchError, RuntimeError):
+    """A checkpoint that can't be written or doesn't belong to this run; the message names its path."""
+
+
+class Damaged(Exception):
+    """A checkpoint that can't be read back as it was written; the message says why."""
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Attributes:
+      phase: the phase's place in the run, from 0.
+      step: finished steps of it.
+      live: the live leaves, in the order of the phase's layout.
+      frozen: the frozen leaves, likewise.
+      seconds: seconds spent in each phase so far, by name.
+    """
+
+    phase: int
+    step: int
+    live: tuple[jax.Array, ...]
+    frozen: tuple[jax.Array, ...]
+    seconds: dict[str, float]
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _describe(paths: Sequence[Sequence[str]], leaves: Sequence[Any], sums: Sequence[str]) -> list[dict[str, Any]]:
+    """The manifest: every leaf's place, shape, type and checksum."""
+    return [
+        {"path": list(path), "shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
+        for path, leaf, digest in zip(paths, leaves, sums, strict=True)
+    ]
+
+
+def _payload(names: Sequence[str], leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """What orbax gets: arrays by name. It can't store arrays without elements; the manifest is enough for those."""
+    data = {name: to_data(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    return {name: leaf for name, leaf in data.items() if leaf.size}
+
+
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    return meta | {"sha256": _hash(meta)}
+
+
+def _args(names: Sequence[str], leaves: Sequence[jax.Array], meta: dict[str, Any]) -> Any:
+    payload = _payload(names, leaves)
+    items = {"state": ocp.args.StandardSave(payload)} if payload else {}
+    return ocp.args.Composite(meta=ocp.args.JsonSave(_sealed(meta)), **items)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
+
+
+def _reading(path: pathlib.Path, args: Any) -> Any:
+    """Restores items; whatever goes wrong in the libraries below means damage, but not a lack of memory or rights."""
+    try:
+        with _checkpointer() as checkpointer:
+            return checkpointer.restore(path, args=args)
+    except (MemoryError, PermissionError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise Damaged(f"{type(error).__name__}: {reason[:300]}") from error
+
+
+def _read_meta(path: pathlib.Path) -> dict[str, Any]:
+    """A checkpoint's own description, with its seal checked."""
+    if not path.is_dir():
+        raise Damaged("it is not there")
+    meta = _reading(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if not isinstance(meta, dict) or "sha256" not in meta:
+        raise Damaged("its description is incomplete")
+    seal = meta.pop("sha256")
+    if _hash(meta) != seal:
+        raise Damaged("its description doesn't match its own checksum")
+    if meta["format"] != FORMAT:
+        raise CheckpointError(f"{path} was written in format {meta['format']}; this version reads format {FORMAT}")
+    return meta
+
+
+def _read_leaves(
+    path: pathlib.Path, manifest: Sequence[Mapping[str, Any]], abstract: Sequence[Any], sharding: Any
+) -> tuple[jax.Array, ...]:
+    """The arrays of a checkpoint, each compared with its checksum."""
+    names = [leaf_name(entry["path"]) for entry in manifest]
+    wanted = [abstract_data(leaf) for leaf in abstract]
+    template = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in zip(names, wanted, strict=True)
+        if leaf.size
+    }
+    data = {}
+    if template:
+        data = _reading(path, ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
+    leaves = []
+    for name, leaf, origin in zip(names, wanted, abstract, strict=True):
+        value = data[name] if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding)
+        leaves.append(from_data(value, origin.dtype))
+    for name, entry, digest in zip(names, manifest, digests(leaves), strict=True):
+        if entry["digest"] != digest:
+            raise Damaged(f"its leaf {name} has checksum {digest}, not {entry['digest']}")
+    return tuple(leaves)
+
+
+def _steps(folder: pathlib.Path) -> list[int]:
+    """The steps that a phase's folder has checkpoints of, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+
+
+class CheckpointStore:
+    """A run's checkpoints: ``<directory>/00_teacher/<step>``, frozen leaves once in ``<directory>/frozen/<digest>``.
+
+    Every checkpoint holds the arrays and a manifest with each array's checksum, sealed by a checksum of its own. Orbax
+    writes into a temporary folder and renames it when all is there, so a folder with a step's name is complete.
+
+    Args:
+      directory: of the checkpoints; made at the first save.
+      phases: ``(name, num_steps)`` of the run's phases, in order.
+      seed: the run's seed.
+      keep: checkpoints kept of each phase, the newest; at least 1.
+      log: gets a sentence whenever a checkpoint is passed over.
+
+    Raises:
+      ValueError: if ``keep`` is below 1.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        phases: Sequence[tuple[str, int]],
+        seed: int,
+        keep: int,
+        log: Callable[[str], None],
+    ):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}")
+        self.directory = pathlib.Path(directory).absolute()
+        self._phases, self._seed, self._keep, self._log = tuple(phases), seed, keep, log
+        self._folders = [self.directory / f"{index:02d}_{name}" for index, (name, _) in enumerate(phases)]
+        self._manager: ocp.CheckpointManager | None = None
+        self._manager_phase = -1
+        self._frozen: tuple[tuple[jax.Array, ...], str] | None = None  # the last frozen leaves and their digest
+
+    def path(self, phase: int, step: int) -> pathlib.Path:
+        """Where a checkpoint is."""
+        return self._folders[phase] / str(step)
+
+    # Reading
+
+    def restore_newest(self, layouts: Sequence[Layout], sharding: Any) -> Restored | None:
+        """The newest checkpoint that can be read, or None where the run must start afresh.
+
+        A damaged checkpoint is put aside under ``damaged/``, with a note, and the one before it is tried, back to the
+        end of the phase before and so on.
+
+        Args:
+          layouts: of every phase's state.
+          sharding: of every leaf.
+
+        Raises:
+          CheckpointError: if a checkpoint is in order but belongs to another run: other phases, another seed, or states
+            of another shape. Nothing is put aside then.
+        """
+        self._clean()
+        known = {folder.name for folder in self._folders} | {"frozen", "damaged"}
+        for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else ():
+            if path.is_dir() and path.name not in known:
+                names = ", ".join(name for name, _ in self._phases)
+                raise CheckpointError(f"{path} holds a phase that this run has not (its phases are {names})")
+        passed_over = False
+        for phase in reversed(range(len(self._phases))):
+            for step in _steps(self._folders[phase]):
+                path = self.path(phase, step)
+                try:
+                    restored = self._restore(path, phase, step, layouts[phase], sharding)
+                except Damaged as error:
+                    self._put_aside(path)
+                    self._log(f"warning: the checkpoint {path} is damaged and was passed over: {error}")
+                    passed_over = True
+                    continue
+                return restored
+        if passed_over:
+            self._log("warning: no checkpoint could be read; the run starts afresh")
+        return None
+
+    def _restore(self, path: pathlib.Path, phase: int, step: int, layout: Layout, sharding: Any) -> Restored:
+        meta = _read_meta(path)
+        self._check_same_run(path, meta, phase, step)
+        self._check_layout(path, meta["leaves"], layout.live_names, layout.abstract_live)
+        frozen: tuple[jax.Array, ...] = ()
+        if layout.frozen_names:
+            home = self.directory / "frozen" / str(meta["frozen"])
+            try:
+                manifest = _read_meta(home)["leaves"]
+                if _hash(manifest)[:32] != home.name:
+                    raise Damaged("its content is not what its name says")
+                self._check_layout(home, manifest, layout.frozen_names, layout.abstract_frozen)
+                frozen = _read_leaves(home, manifest, layout.abstract_frozen, sharding)
+            except Damaged as error:
+                self._put_aside(home)
+                raise Damaged(f"its frozen part {home} can't be read: {error}") from error
+            self._frozen = (frozen, home.name)
+        live = _read_leaves(path, meta["leaves"], layout.abstract_live, sharding)
+        return Restored(phase, step, live, frozen, dict(meta["seconds"]))
+
+    def _check_same_run(self, path: pathlib.Path, meta: Mapping[str, Any], phase: int, step: int) -> None:
+        if (meta["phase"], meta["step"]) != (self._phases[phase][0], step):
+            raise Damaged(f"it says that it is step {meta['step']} of phase {meta['phase']!r}")
+        if meta["seed"] != self._seed:
+            raise CheckpointError(f"{path} belongs to a run with seed {meta['seed']}, this one has {self._seed}")
+        for (name, steps), (was_name, was_steps) in zip(self._phases[:phase], meta["finished"], strict=True):
+            if name != was_name or steps != was_steps:
+                raise CheckpointError(
+                    f"{path} follows {was_steps} steps of phase {was_name!r}, this run has {steps} of {name!r}; only "
+                    "the last phase can be made longer, anything else needs another workdir"
+                )
+
+    @staticmethod
+    def _check_layout(
+        path: pathlib.Path, manifest: Sequence[Any], names: Sequence[str], abstract: Sequence[Any]
+    ) -> None:
+        saved = {leaf_name(entry["path"]): f"{entry['dtype']}{entry['shape']}" for entry in manifest}
+        wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, abstract, strict=True)}
+        if list(saved.items()) != list(wanted.items()):
+            differing = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+            name = (differing or list(wanted))[0]
+            raise CheckpointError(
+                f"{path} holds the state of another model: its leaf {name} is {saved.get(name, 'not there')} there and "
+                f"{wanted.get(name, 'not there')} now"
+            )
+
+    def _put_aside(self, path: pathlib.Path) -> None:
+        """Moves a damaged checkpoint out of the way, where it can still be looked at."""
+        if not path.exists():
+            return
+        home = self.directory / "damaged"
+        home.mkdir(exist_ok=True)
+        target = home / f"{path.parent.name}_{path.name}"
+        shutil.rmtree(target, ignore_errors=True)
+        path.rename(target)
+
+    def _clean(self) -> None:
+        """Removes what a killed process left half-written; the folder's lock is held, so nobody writes now."""
+        for folder in (*self._folders, self.directory / "frozen"):
+            for leftover in folder.glob("*orbax-checkpoint-tmp*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    # Writing
+
+    def save(
+        self,
+        phase: int,
+        step: int,
+        layout: Layout,
+        live: Sequence[jax.Array],
+        frozen: Sequence[jax.Array],
+        seconds: Mapping[str, float],
+    ) -> None:
+        """Saves a state; returns as soon as its arrays may be donated, while the files are still being written.
+
+        Frozen leaves are written, and waited for, when they come for the first time; later checkpoints refer to them.
+
+        Args:
+          phase: the phase's place in the run.
+          step: finished steps of it.
+          layout: of the state.
+          live: its live leaves.
+          frozen: its frozen leaves.
+          seconds: seconds spent in each phase so far.
+
+        Raises:
+          CheckpointError: if this checkpoint, or the one before it, can't be written. Earlier ones are intact.
+        """
+        path = self.path(phase, step)
+        self.wait()
+        with _saving(path):
+            meta = {
+                "format": FORMAT,
+                "phase": self._phases[phase][0],
+                "step": step,
+                "seed": self._seed,
+                "finished": [list(finished) for finished in self._phases[:phase]],
+                "seconds": dict(seconds),
+                "frozen": self._save_frozen(layout, tuple(frozen)) if frozen else None,
+                "leaves": _describe(layout.live_paths, live, digests(live)),
+            }
+            self._open(phase).save(step, args=_args(layout.live_names, live, meta), force=True)
+
+    def _save_frozen(self, layout: Layout, frozen: tuple[jax.Array, ...]) -> str:
+        if self._frozen is not None and [*map(id, self._frozen[0])] == [*map(id, frozen)]:
+            return self._frozen[1]
+        manifest = _describe(layout.frozen_paths, frozen, digests(frozen))
+        name = _hash(manifest)[:32]
+        path = self.directory / "frozen" / name
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with _checkpointer() as checkpointer:
+                checkpointer.save(path, args=_args(layout.frozen_names, frozen, {"format": FORMAT, "leaves": manifest}))
+        self._frozen = (frozen, name)
+        return name
+
+    def _open(self, phase: int) -> ocp.CheckpointManager:
+        if self._manager is None or self._manager_phase != phase:
+            self.close()
+            self._folders[phase].mkdir(parents=True, exist_ok=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+            self._manager = ocp.CheckpointManager(self._folders[phase], options=options, item_names=ITEMS)
+            self._manager_phase = phase
+        return self._manager
+
+    def wait(self) -> None:
+        """Waits until what was saved is on disk.
+
+        Raises:
+          CheckpointError: if it can't be written.
+        """
+        if self._manager is not None:
+            with _saving(self._folders[self._manager_phase]):
+                self._manager.wait_until_finished()
+
+    def check(self) -> None:
+        """Raises what went wrong in the background so far; costs nothing.
+
+        Raises:
+          CheckpointError: if a checkpoint can't be written.
+        """
+        if self._manager is not None:
+            with _saving(self._folders[self._manager_phase]):
+                self._manager.check_for_errors()
+
+    def close(self) -> None:
+        """Waits and lets go of the files."""
+        if self._manager is not None:
+            manager, self._manager = self._manager, None
+            with _saving(self._folders[self._manager_phase]):
+                manager.close()
+
+
+class _saving:
+    """Says of any failure below where it happened and what to do."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, LaunchError):
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(
+                f"the checkpoint {self._path} can't be written: {reason}; earlier checkpoints are intact, the same "
+                "command goes on from the newest once there is room"
+            ) from error
+
+
+def _checkpoints(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The checkpoints at or under a path, newest first: one checkpoint, a phase, or a run's folder."""
+    if path.name.isdecimal():
+        yield path
+        return
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    folders = sorted((folder for folder in root.glob("[0-9][0-9]*_*") if folder.is_dir()), reverse=True) or [root]
+    for folder in folders:
+        yield from (folder / str(step) for step in _steps(folder))
+
+
+def restore_tree(path: str | os.PathLike[str]) -> PyTree:
+    """Reads a checkpoint without knowing what is in it: nested dictionaries of arrays on the first device.
+
+    Fields of named tuples and dataclasses become keys, places in tuples become ``"0"``, ``"1"``, ... Every array is
+    compared with its checksum. The machine needs neither the devices nor the code that the checkpoint was made with.
+
+    Args:
+      path: a checkpoint (``<workdir>/checkpoints/00_teacher/300``), a phase's folder, or a run's; of several
+        checkpoints the newest is read.
+
+    Returns:
+      The state as nested dictionaries, with its frozen part.
+
+    Raises:
+      CheckpointError: if there is no checkpoint, or it is damaged.
+    """
+    origin = pathlib.Path(path).expanduser().absolute()
+    checkpoint = next(_checkpoints(origin), None)
+    if checkpoint is None:
+        raise CheckpointError(f"there is no checkpoint in {origin}")
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    try:
+        meta = _read_meta(checkpoint)
+        parts = [(checkpoint, meta["leaves"])]
+        if meta["frozen"]:
+            home = checkpoint.parent.parent / "frozen" / pathlib.PurePath(meta["frozen"]).name
+            parts.append((home, _read_meta(home)["leaves"]))
+        paths: list[tuple[str, ...]] = []
+        leaves: list[jax.Array] = []
+        for home, manifest in parts:
+            abstract = [jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype_named(entry["dtype"])) for entry in manifest]
+            leaves += _read_leaves(home, manifest, abstract, sharding)
+            paths += [tuple(entry["path"]) for entry in manifest]
+    except Damaged as error:
+        raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {error}") from error
+    return nest(paths, leaves)

@@ -1,0 +1,341 @@
+"""The one training loop: phases of jitted steps, with metrics, evaluations and checkpoints in a fixed order.
+
+Each step goes: batch -> step -> its row of metrics -> evaluation, if due -> checkpoint, if due. A checkpoint of step
+``s`` therefore stands for everything up to ``s``, its evaluation included, and every row up to ``s`` is on disk before
+the checkpoint is. A run that goes on from it drops later rows and does the same again. Rows are fetched one step late,
+so that the devices are never waited for.
+"""
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from poise.core import State, step_key
+from poise.launch.checkpoint import CheckpointStore, Restored
+from poise.launch.config import prepare_workdir
+from poise.launch.devices import Placement
+from poise.launch.errors import LaunchError
+from poise.launch.leaves import Layout, host_scalar
+from poise.launch.lock import workdir_lock
+from poise.launch.phase import Phase, Program
+from poise.launch.progress import Console, duration
+from poise.launch.signals import Interrupted, StopRequest, stop_on_signals
+from poise.launch.timing import TimingLog
+from poise.launch.writers import JsonLinesWriter, TensorBoardWriter, Writer, tensorboard_available
+
+# Keys of anything but steps come from phases that no run reaches, so that they meet no step's key.
+_INIT, _EVALUATE, _RENDER = 1 << 16, 2 << 16, 3 << 16
+
+
+class NonFiniteError(LaunchError, FloatingPointError):
+    """A step gave NaN or infinity; the message names the leaf, the phase and the step."""
+
+
+class FitResult(NamedTuple):
+    """What a run ended with.
+
+    Attributes:
+      state: the last phase's finished state.
+      seconds: seconds spent in each phase, over all restarts, by name.
+      steps_trained: steps done by this call; 0 if the run was finished before.
+      restored: the (phase, step) this call went on from, or None where it started afresh.
+    """
+
+    state: State
+    seconds: dict[str, float]
+    steps_trained: int
+    restored: tuple[str, int] | None
+
+    @property
+    def trained(self) -> bool:
+        """Whether this call trained anything."""
+        return self.steps_trained > 0
+
+
+def fit(
+    phases: Sequence[Phase],
+    *,
+    workdir: str | os.PathLike[str],
+    seed: int,
+    save_every: int = 0,
+    save_every_seconds: float | int = 60.0,
+    keep: int = 2,
+    parallel: str = "jit",
+    devices: Sequence[jax.Device] | None = None,
+    writers: Sequence[Writer] = (),
+    tensorboard: bool = True,
+    console: Console | None = None,
+) -> FitResult:
+    """Trains phase after phase, or goes on where an earlier call in the same folder stopped.
+
+    Batches, keys and checkpoints are such that a run which was killed at any moment and started again ends with the
+    very bits of one that was not: parameters, metrics and evaluations. The key of a step is
+    ``poise.core.step_key(seed, phase, step)``. Every phase is saved at its end. SIGINT or SIGTERM stop the run after
+    the step under way.
+
+    The folder gets ``metrics.jsonl`` (a row a step), ``timing.jsonl`` (wall-clock), ``checkpoints/`` and, where
+    tensorboardX is installed, ``tensorboard/``.
+
+    Args:
+      phases: in order; only the last one may be made longer for a run that has come past the others.
+      workdir: the run's folder; one run, one folder.
+      seed: of parameters and noise, at least 0. (Data sources have seeds of their own.)
+      save_every: steps between checkpoints; 0: by time alone.
+      save_every_seconds: seconds between checkpoints; 0: by steps alone.
+      keep: checkpoints kept of each phase.
+      parallel: how a batch is spread over devices; ``"jit"``.
+      devices: the devices; None for all.
+      writers: take metrics and pictures besides the files above.
+      tensorboard: whether to write TensorBoard files, where tensorboardX is installed.
+      console: shows progress on stderr; made here if None.
+
+    Returns:
+      The finished state and what it took.
+
+    Raises:
+      Interrupted: after SIGINT or SIGTERM, with everything saved.
+      NonFiniteError: if a metric or a leaf of the state is not finite; nothing of it is saved.
+      CheckpointError: if a checkpoint can't be written, or one there is of another run.
+      ConfigError: if the folder can't be written to, or another process works in it.
+      DeviceError: if the devices can't share a batch evenly.
+      ValueError: if an argument is out of range.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from poise.core import Algorithm
+      >>> from poise.launch import NoData, Phase, fit
+      >>> def step(state, batch, key):
+      ...     return state - 0.5 * (state - 3.0), {"loss": (state - 3.0) ** 2}
+      >>> algorithm = Algorithm(init=lambda key, batch: jnp.zeros(()), step=step)
+      >>> phase = Phase("newton", lambda previous: algorithm, NoData(), num_steps=20)
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     result = fit([phase], workdir=workdir, seed=0)
+      >>> round(float(result.state), 3), result.steps_trained
+      (3.0, 20)
+    """
+    _check(phases, seed, save_every, save_every_seconds)
+    path = prepare_workdir(workdir)
+    console = Console() if console is None else console
+    placement = Placement(devices, parallel)
+    sinks: list[Writer] = [JsonLinesWriter(path / "metrics.jsonl"), *writers]
+    if tensorboard and tensorboard_available():
+        sinks.append(TensorBoardWriter(path / "tensorboard"))
+    store = CheckpointStore(
+        path / "checkpoints", [(phase.name, phase.num_steps) for phase in phases], seed, keep, console.line
+    )
+    with workdir_lock(path), stop_on_signals() as stop:
+        run = _Run(phases, seed, placement, store, sinks, console, stop, TimingLog(path / "timing.jsonl"))
+        run.save_every, run.save_every_seconds = save_every, save_every_seconds
+        try:
+            result = run.all_phases()
+        except BaseException:
+            with contextlib.suppress(Exception):  # the first failure is the one to tell
+                run.close()
+            raise
+        run.close()
+        return result
+
+
+def _check(phases: Sequence[Phase], seed: int, save_every: int, save_every_seconds: float | int) -> None:
+    names = [phase.name for phase in phases]
+    if not phases:
+        raise ValueError("phases must hold at least one phase, got none")
+    if len(set(names)) < len(names):
+        raise ValueError(f"phases must have different names, got {names}")
+    for phase in phases:
+        if not phase.name or not phase.name.replace("_", "").replace("-", "").isalnum():
+            raise ValueError(f"a phase's name must be letters, digits, - and _, got {phase.name!r}")
+        for what in ("num_steps", "evaluate_every"):
+            if getattr(phase, what) < 0:
+                raise ValueError(f"phase {phase.name!r}: {what} must be at least 0, got {getattr(phase, what)}")
+    for name, value in (("seed", seed), ("save_every", save_every), ("save_every_seconds", save_every_seconds)):
+        if value < 0:
+            raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+class _Pending(NamedTuple):
+    """A finished step whose numbers are still on the devices."""
+
+    step: int
+    metrics: dict[str, Array]
+    finite: Array
+
+
+class _Run:
+    """One call of :func:`fit`."""
+
+    save_every = 0
+    save_every_seconds: float | int = 0
+
+    def __init__(
+        self,
+        phases: Sequence[Phase],
+        seed: int,
+        placement: Placement,
+        store: CheckpointStore,
+        writers: Sequence[Writer],
+        console: Console,
+        stop: StopRequest,
+        timing: TimingLog,
+    ):
+        self.phases, self.seed, self.placement = phases, seed, placement
+        self.store, self.writers, self.console, self.stop, self.timing = store, writers, console, stop, timing
+        self.seconds: dict[str, float] = {}
+        self.steps_trained = 0
+
+    def all_phases(self) -> FitResult:
+        programs: list[Program] = []
+        for phase in self.phases:
+            programs.append(Program(phase, programs[-1].layout if programs else None, self.placement))
+        layouts = [program.layout for program in programs]
+        restored = self.store.restore_newest(layouts, self.placement.replicated)
+        origin = None if restored is None else (self.phases[restored.phase].name, restored.step)
+        for writer in self.writers:
+            writer.begin([phase.name for phase in self.phases], origin)
+        first, state = 0, None
+        if restored is not None:
+            self.seconds = dict(restored.seconds)
+            self.console.line(f"going on from step {restored.step} of phase {self.phases[restored.phase].name!r}")
+            first = restored.phase
+            if first == len(self.phases) - 1 and restored.step >= self.phases[first].num_steps:
+                self.console.line("this run is finished: there is nothing to train")
+        for index in range(first, len(self.phases)):
+            start = restored if restored is not None and index == first else None
+            state = self.one_phase(index, programs[index], state, start)
+        self.store.close()
+        return FitResult(state, dict(self.seconds), self.steps_trained, origin)
+
+    def one_phase(self, index: int, program: Program, previous: State | None, restored: Restored | None) -> State:
+        phase, layout = program.phase, program.layout
+        if self.stop:
+            self.leave(f"before the first step of phase {phase.name!r}")
+        self.timing.start(phase.name, self.seconds.get(phase.name, 0.0))
+        if restored is None:
+            live, frozen = program.begin(previous, step_key(self.seed, _INIT + index, 0))
+            done, saved = 0, -1
+        else:
+            live, frozen, done = restored.live, restored.frozen, restored.step
+            saved = done
+        del previous, restored  # only what is trained takes memory
+        if done < phase.num_steps:
+            live, saved = self.train(index, program, live, frozen, done, saved)
+        if saved < max(done, phase.num_steps):
+            self.save(index, layout, live, frozen, phase.num_steps)
+            self.store.wait()
+        return layout.merge(live, frozen)
+
+    def train(
+        self, index: int, program: Program, live: tuple[Any, ...], frozen: tuple[Any, ...], done: int, saved: int
+    ) -> tuple[tuple[Any, ...], int]:
+        """The steps of a phase; returns the live leaves and the last step that was saved."""
+        phase, layout = program.phase, program.layout
+        began = time.monotonic()
+        program.compile()
+        self.console.line(f"{phase.name}: compiled in {duration(time.monotonic() - began)}")
+        if self.stop:
+            self.leave(f"after step {done} of phase {phase.name!r}")
+        self.console.start(phase.name, phase.num_steps, done)
+        key = jax.random.fold_in(jax.random.key(self.seed), index)
+        pending: _Pending | None = None
+        for step in range(done + 1, phase.num_steps + 1):
+            batch = program.place(step - 1)
+            live, metrics, finite = program.step(live, frozen, batch, key, step - 1)
+            self.steps_trained += 1
+            pending, before = _Pending(step, metrics, finite), pending
+            if before is not None:
+                self.report(program, before)
+            evaluation = self.evaluation_due(phase, step)
+            save = self.save_due(step, phase.num_steps)
+            if evaluation or save or self.stop:
+                self.report(program, pending)
+                pending = None
+            if evaluation:
+                self.evaluate(index, phase, step, layout.merge(live, frozen))
+            if save or self.stop:
+                self.save(index, layout, live, frozen, step)
+                saved = step
+            if self.stop:
+                self.store.wait()
+                self.leave(f"and saved after step {step} of phase {phase.name!r}")
+            self.store.check()
+        taken = self.timing.seconds
+        self.console.finish(f"{phase.name}: finished {phase.num_steps} steps, {duration(taken)} in all")
+        return live, saved
+
+    def evaluation_due(self, phase: Phase, step: int) -> bool:
+        if phase.evaluate is None and phase.render is None:
+            return False
+        return step % phase.evaluate_every == 0 if phase.evaluate_every else step == phase.num_steps
+
+    def save_due(self, step: int, num_steps: int) -> bool:
+        by_steps = self.save_every and step % self.save_every == 0
+        by_time = self.save_every_seconds and self.timing.since_save >= self.save_every_seconds
+        return bool(by_steps or by_time or step == num_steps)
+
+    def report(self, program: Program, pending: _Pending) -> None:
+        """Writes a step's row, after making sure that everything in it and in the state is finite."""
+        metrics, finite = jax.device_get((pending.metrics, pending.finite))
+        name = program.phase.name
+        if not finite.all():
+            bad = [leaf for leaf, fine in zip(program.finite_names, finite, strict=True) if not fine]
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            self.console.finish()
+            raise NonFiniteError(
+                f"{bad[0]}{more} is not finite after step {pending.step} of phase {name!r}; nothing of it was "
+                "saved, the last checkpoint is from before"
+            )
+        values = {key: host_scalar(value) for key, value in metrics.items()}
+        for writer in self.writers:
+            writer.write(name, pending.step, values)
+        self.console.update(pending.step, values)
+        self.timing.row(pending.step)
+
+    def evaluate(self, index: int, phase: Phase, step: int, state: State) -> None:
+        if phase.evaluate is not None:
+            figures = phase.evaluate(state, step_key(self.seed, _EVALUATE + index, step))
+            values = {f"eval/{name}": _figure(value) for name, value in figures.items()}
+            for writer in self.writers:
+                writer.write(phase.name, step, values)
+        if phase.render is not None:
+            pictures = {
+                name: np.asarray(image)
+                for name, image in phase.render(state, step_key(self.seed, _RENDER + index, step)).items()
+            }
+            for writer in self.writers:
+                writer.images(phase.name, step, pictures)
+
+    def save(self, index: int, layout: Layout, live: tuple[Any, ...], frozen: tuple[Any, ...], step: int) -> None:
+        for writer in self.writers:
+            writer.flush()
+        self.seconds[self.phases[index].name] = self.timing.seconds
+        self.store.save(index, step, layout, live, frozen, self.seconds)
+        self.timing.saved(step)
+
+    def leave(self, where: str) -> None:
+        self.console.finish()
+        assert self.stop.signum is not None
+        raise Interrupted(self.stop.signum, f"stopped {where}")
+
+    def close(self) -> None:
+        """Ends everything that is open, however the run ends."""
+        with contextlib.ExitStack() as stack:  # each of them, whatever the others do
+            stack.callback(self.console.finish)
+            stack.callback(self.timing.close)
+            stack.callback(self.store.close)
+            for writer in self.writers:
+                stack.callback(writer.close)
+
+
+def _figure(value: Any) -> Any:
+    """An evaluation's figure as JSON; one that isn't a finite number doesn't apply."""
+    if value is None:
+        return None
+    plain = host_scalar(value)
+    return plain if np.isfinite(plain).all() else None
