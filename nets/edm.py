@@ -211,6 +211,7 @@ class EDMPrecond(nn.Module):
     r"""A denoiser made of a raw network $F$.
 
     $D(x;\sigma) = c_\text{skip}\,x + c_\text{out}\,F(c_\text{in}\,x, c_\text{noise})$.
+
     Coefficients and sum are in float32 (float64 for float64 input) whatever the network's own dtype, and so is $D$. The
     network is called as
     ``model(x, noise_labels, class_labels, augment_labels, train=..., feature_levels=..., features_only=...)``, as
