@@ -1,5 +1,7 @@
 """Every Flax module: diffusion U-Nets, their preconditioning and layers, and the heads that estimate density ratios."""
 
+from poise.nets.dhariwal_unet import DhariwalUNet
+from poise.nets.discriminator import DiscriminatorHead, head_group_count
 from poise.nets.edm import (
     EDMCoefficients,
     EDMPrecond,
@@ -13,24 +15,29 @@ from poise.nets.embeddings import FourierEmbedding, PositionalEmbedding, positio
 from poise.nets.group_norm import GroupNorm, group_count
 from poise.nets.initializers import LayerInit
 from poise.nets.labels import label_vectors
+from poise.nets.ratio_head import RatioHead
 from poise.nets.resampling import ResampleConv, downsample, upsample
 from poise.nets.song_unet import SongUNet
 from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
 
 __all__ = [
     "BlockStyle",
+    "DhariwalUNet",
+    "DiscriminatorHead",
     "EDMCoefficients",
     "EDMPrecond",
     "FourierEmbedding",
     "GroupNorm",
     "LayerInit",
     "PositionalEmbedding",
+    "RatioHead",
     "ResampleConv",
     "SongUNet",
     "UNetBlock",
     "downsample",
     "edm_coefficients",
     "group_count",
+    "head_group_count",
     "iddpm_coefficients",
     "iddpm_levels",
     "label_vectors",
