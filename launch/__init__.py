@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _HOMES = {
-    "CheckpointError": "checkpoint",
+    "CheckpointError": "manifest",
     "ConfigError": "config",
     "Console": "progress",
     "Data": "data",
@@ -21,25 +21,30 @@ _HOMES = {
     "NoData": "data",
     "NonFiniteError": "loop",
     "Phase": "phase",
+    "Student": "export",
     "Writer": "writers",
     "batch_indices": "data",
     "field": "config",
     "fit": "loop",
+    "load_student": "export",
     "parse_config": "config",
     "restore_tree": "checkpoint",
+    "save_student": "export",
     "settle_config": "config",
     "validate": "config",
     "workdir_lock": "lock",
 }
 
 if TYPE_CHECKING:
-    from poise.launch.checkpoint import CheckpointError, restore_tree
+    from poise.launch.checkpoint import restore_tree
     from poise.launch.config import ConfigError, field, parse_config, settle_config, validate
     from poise.launch.data import Data, DataError, InMemory, NoData, batch_indices
     from poise.launch.devices import DeviceError
     from poise.launch.errors import LaunchError
+    from poise.launch.export import Student, load_student, save_student
     from poise.launch.lock import workdir_lock
     from poise.launch.loop import FitResult, NonFiniteError, fit
+    from poise.launch.manifest import CheckpointError
     from poise.launch.phase import Phase
     from poise.launch.progress import Console
     from poise.launch.signals import Interrupted
@@ -59,12 +64,15 @@ __all__ = [
     "NoData",
     "NonFiniteError",
     "Phase",
+    "Student",
     "Writer",
     "batch_indices",
     "field",
     "fit",
+    "load_student",
     "parse_config",
     "restore_tree",
+    "save_student",
     "settle_config",
     "validate",
     "workdir_lock",

@@ -1,7 +1,5 @@
 """Checkpoints of a run: written atomically in the background, verified when read, and never lost to a damaged one."""
 
-import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -9,24 +7,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
-from poise.launch.leaves import Layout, abstract_data, dtype_named, from_data, leaf_name, nest, to_data
-
-FORMAT = 1
-ITEMS = ("state", "meta")
-
-
-class CheckpointError(LaunchError, RuntimeError):
-    """A checkpoint that can't be written or doesn't belong to this run; the message names its path."""
-
-
-class Damaged(Exception):
-    """A checkpoint that can't be read back as it was written; the message says why."""
+from poise.launch.leaves import Layout, dtype_named, nest
+from poise.launch.manifest import (
+    FORMAT,
+    ITEMS,
+    CheckpointError,
+    Damaged,
+    checkpointer,
+    content_hash,
+    describe,
+    frozen_home,
+    matching,
+    quiet_abandoned_reads,
+    read_frozen_manifest,
+    read_leaves,
+    read_meta,
+    save_args,
+    saved_steps,
+)
 
 
 class Restored(NamedTuple):
@@ -45,98 +48,6 @@ class Restored(NamedTuple):
     live: tuple[jax.Array, ...]
     frozen: tuple[jax.Array, ...]
     seconds: dict[str, float]
-
-
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def _describe(paths: Sequence[Sequence[str]], leaves: Sequence[Any], sums: Sequence[str]) -> list[dict[str, Any]]:
-    """The manifest: every leaf's place, shape, type and checksum."""
-    return [
-        {"path": list(path), "shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
-        for path, leaf, digest in zip(paths, leaves, sums, strict=True)
-    ]
-
-
-def _payload(names: Sequence[str], leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
-    """What orbax gets: arrays by name. It can't store arrays without elements; the manifest is enough for those."""
-    data = {name: to_data(leaf) for name, leaf in zip(names, leaves, strict=True)}
-    return {name: leaf for name, leaf in data.items() if leaf.size}
-
-
-def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
-    return meta | {"sha256": _hash(meta)}
-
-
-def _args(names: Sequence[str], leaves: Sequence[jax.Array], meta: dict[str, Any]) -> Any:
-    payload = _payload(names, leaves)
-    items = {"state": ocp.args.StandardSave(payload)} if payload else {}
-    return ocp.args.Composite(meta=ocp.args.JsonSave(_sealed(meta)), **items)
-
-
-def _checkpointer() -> ocp.Checkpointer:
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
-
-
-def _reading(path: pathlib.Path, args: Any) -> Any:
-    """Restores items; whatever goes wrong in the libraries below means damage, but not a lack of memory or rights."""
-    try:
-        with _checkpointer() as checkpointer:
-            return checkpointer.restore(path, args=args)
-    except (MemoryError, PermissionError):
-        raise
-    except Exception as error:
-        if "RESOURCE_EXHAUSTED" in str(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise Damaged(f"{type(error).__name__}: {reason[:300]}") from error
-
-
-def _read_meta(path: pathlib.Path) -> dict[str, Any]:
-    """A checkpoint's own description, with its seal checked."""
-    if not path.is_dir():
-        raise Damaged("it is not there")
-    meta = _reading(path, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if not isinstance(meta, dict) or "sha256" not in meta:
-        raise Damaged("its description is incomplete")
-    seal = meta.pop("sha256")
-    if _hash(meta) != seal:
-        raise Damaged("its description doesn't match its own checksum")
-    if meta["format"] != FORMAT:
-        raise CheckpointError(f"{path} was written in format {meta['format']}; this version reads format {FORMAT}")
-    return meta
-
-
-def _read_leaves(
-    path: pathlib.Path, manifest: Sequence[Mapping[str, Any]], abstract: Sequence[Any], sharding: Any
-) -> tuple[jax.Array, ...]:
-    """The arrays of a checkpoint, each compared with its checksum."""
-    names = [leaf_name(entry["path"]) for entry in manifest]
-    wanted = [abstract_data(leaf) for leaf in abstract]
-    template = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in zip(names, wanted, strict=True)
-        if leaf.size
-    }
-    data = {}
-    if template:
-        data = _reading(path, ocp.args.Composite(state=ocp.args.StandardRestore(template)))["state"]
-    leaves = []
-    for name, leaf, origin in zip(names, wanted, abstract, strict=True):
-        value = data[name] if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding)
-        leaves.append(from_data(value, origin.dtype))
-    for name, entry, digest in zip(names, manifest, digests(leaves), strict=True):
-        if entry["digest"] != digest:
-            raise Damaged(f"its leaf {name} has checksum {digest}, not {entry['digest']}")
-    return tuple(leaves)
-
-
-def _steps(folder: pathlib.Path) -> list[int]:
-    """The steps that a phase's folder has checkpoints of, newest first."""
-    if not folder.is_dir():
-        return []
-    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
 
 
 class CheckpointStore:
@@ -193,15 +104,19 @@ class CheckpointStore:
           CheckpointError: if a checkpoint is in order but belongs to another run: other phases, another seed, or states
             of another shape. Nothing is put aside then.
         """
+        with quiet_abandoned_reads():
+            return self._restore_newest(layouts, sharding)
+
+    def _restore_newest(self, layouts: Sequence[Layout], sharding: Any) -> Restored | None:
         self._clean()
-        known = {folder.name for folder in self._folders} | {"frozen", "damaged"}
-        for path in sorted(self.directory.iterdir()) if self.directory.is_dir() else ():
+        known = {folder.name for folder in self._folders}
+        for path in sorted(self.directory.glob("[0-9][0-9]*_*")):
             if path.is_dir() and path.name not in known:
                 names = ", ".join(name for name, _ in self._phases)
                 raise CheckpointError(f"{path} holds a phase that this run has not (its phases are {names})")
         passed_over = False
         for phase in reversed(range(len(self._phases))):
-            for step in _steps(self._folders[phase]):
+            for step in saved_steps(self._folders[phase]):
                 path = self.path(phase, step)
                 try:
                     restored = self._restore(path, phase, step, layouts[phase], sharding)
@@ -216,24 +131,25 @@ class CheckpointStore:
         return None
 
     def _restore(self, path: pathlib.Path, phase: int, step: int, layout: Layout, sharding: Any) -> Restored:
-        meta = _read_meta(path)
+        meta = read_meta(path)
         self._check_same_run(path, meta, phase, step)
-        self._check_layout(path, meta["leaves"], layout.live_names, layout.abstract_live)
+        manifest = matching(path, meta["leaves"], layout.live_names, layout.abstract_live)
         frozen: tuple[jax.Array, ...] = ()
         if layout.frozen_names:
-            home = self.directory / "frozen" / str(meta["frozen"])
-            try:
-                manifest = _read_meta(home)["leaves"]
-                if _hash(manifest)[:32] != home.name:
-                    raise Damaged("its content is not what its name says")
-                self._check_layout(home, manifest, layout.frozen_names, layout.abstract_frozen)
-                frozen = _read_leaves(home, manifest, layout.abstract_frozen, sharding)
-            except Damaged as error:
-                self._put_aside(home)
-                raise Damaged(f"its frozen part {home} can't be read: {error}") from error
-            self._frozen = (frozen, home.name)
-        live = _read_leaves(path, meta["leaves"], layout.abstract_live, sharding)
+            frozen = self._restore_frozen(frozen_home(self.directory, meta), layout, sharding)
+        live = read_leaves(path, manifest, layout.abstract_live, sharding)
         return Restored(phase, step, live, frozen, dict(meta["seconds"]))
+
+    def _restore_frozen(self, home: pathlib.Path, layout: Layout, sharding: Any) -> tuple[jax.Array, ...]:
+        try:
+            manifest = read_frozen_manifest(home)
+            manifest = matching(home, manifest, layout.frozen_names, layout.abstract_frozen)
+            frozen = read_leaves(home, manifest, layout.abstract_frozen, sharding)
+        except Damaged as error:
+            self._put_aside(home)
+            raise Damaged(f"its frozen part {home} can't be read: {error}") from error
+        self._frozen = (frozen, home.name)
+        return frozen
 
     def _check_same_run(self, path: pathlib.Path, meta: Mapping[str, Any], phase: int, step: int) -> None:
         if (meta["phase"], meta["step"]) != (self._phases[phase][0], step):
@@ -246,20 +162,6 @@ class CheckpointStore:
                     f"{path} follows {was_steps} steps of phase {was_name!r}, this run has {steps} of {name!r}; only "
                     "the last phase can be made longer, anything else needs another workdir"
                 )
-
-    @staticmethod
-    def _check_layout(
-        path: pathlib.Path, manifest: Sequence[Any], names: Sequence[str], abstract: Sequence[Any]
-    ) -> None:
-        saved = {leaf_name(entry["path"]): f"{entry['dtype']}{entry['shape']}" for entry in manifest}
-        wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, abstract, strict=True)}
-        if list(saved.items()) != list(wanted.items()):
-            differing = [name for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
-            name = (differing or list(wanted))[0]
-            raise CheckpointError(
-                f"{path} holds the state of another model: its leaf {name} is {saved.get(name, 'not there')} there and "
-                f"{wanted.get(name, 'not there')} now"
-            )
 
     def _put_aside(self, path: pathlib.Path) -> None:
         """Moves a damaged checkpoint out of the way, where it can still be looked at."""
@@ -314,20 +216,26 @@ class CheckpointStore:
                 "finished": [list(finished) for finished in self._phases[:phase]],
                 "seconds": dict(seconds),
                 "frozen": self._save_frozen(layout, tuple(frozen)) if frozen else None,
-                "leaves": _describe(layout.live_paths, live, digests(live)),
+                "leaves": describe(layout.live_paths, live, digests(live)),
             }
-            self._open(phase).save(step, args=_args(layout.live_names, live, meta), force=True)
+            self._open(phase).save(step, args=save_args(layout.live_names, live, meta), force=True)
 
     def _save_frozen(self, layout: Layout, frozen: tuple[jax.Array, ...]) -> str:
         if self._frozen is not None and [*map(id, self._frozen[0])] == [*map(id, frozen)]:
             return self._frozen[1]
-        manifest = _describe(layout.frozen_paths, frozen, digests(frozen))
-        name = _hash(manifest)[:32]
+        manifest = describe(layout.frozen_paths, frozen, digests(frozen))
+        name = content_hash(manifest)[:32]
         path = self.directory / "frozen" / name
+        if path.exists():
+            try:  # from before; what refers to it from now on shall find it whole
+                read_leaves(path, read_frozen_manifest(path), layout.abstract_frozen, frozen[0].sharding)
+            except Damaged as error:
+                self._put_aside(path)
+                self._log(f"warning: {path} is damaged and is written anew: {error}")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
-            with _checkpointer() as checkpointer:
-                checkpointer.save(path, args=_args(layout.frozen_names, frozen, {"format": FORMAT, "leaves": manifest}))
+            with checkpointer() as writer:
+                writer.save(path, args=save_args(layout.frozen_names, frozen, {"format": FORMAT, "leaves": manifest}))
         self._frozen = (frozen, name)
         return name
 
@@ -382,7 +290,7 @@ class _saving:
             reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
                 f"the checkpoint {self._path} can't be written: {reason}; earlier checkpoints are intact, the same "
-                "command goes on from the newest once there is room"
+                "command goes on from the newest of them once that is mended"
             ) from error
 
 
@@ -394,7 +302,7 @@ def _checkpoints(path: pathlib.Path) -> Iterator[pathlib.Path]:
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folders = sorted((folder for folder in root.glob("[0-9][0-9]*_*") if folder.is_dir()), reverse=True) or [root]
     for folder in folders:
-        yield from (folder / str(step) for step in _steps(folder))
+        yield from (folder / str(step) for step in saved_steps(folder))
 
 
 def restore_tree(path: str | os.PathLike[str]) -> PyTree:
@@ -417,18 +325,23 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
     checkpoint = next(_checkpoints(origin), None)
     if checkpoint is None:
         raise CheckpointError(f"there is no checkpoint in {origin}")
+    with quiet_abandoned_reads():
+        return _restore_tree(checkpoint)
+
+
+def _restore_tree(checkpoint: pathlib.Path) -> PyTree:
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     try:
-        meta = _read_meta(checkpoint)
+        meta = read_meta(checkpoint)
         parts = [(checkpoint, meta["leaves"])]
-        if meta["frozen"]:
-            home = checkpoint.parent.parent / "frozen" / pathlib.PurePath(meta["frozen"]).name
-            parts.append((home, _read_meta(home)["leaves"]))
+        if meta["frozen"] is not None:
+            home = frozen_home(checkpoint.parent.parent, meta)
+            parts.append((home, read_frozen_manifest(home)))
         paths: list[tuple[str, ...]] = []
         leaves: list[jax.Array] = []
         for home, manifest in parts:
             abstract = [jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype_named(entry["dtype"])) for entry in manifest]
-            leaves += _read_leaves(home, manifest, abstract, sharding)
+            leaves += read_leaves(home, manifest, abstract, sharding)
             paths += [tuple(entry["path"]) for entry in manifest]
     except Damaged as error:
         raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {error}") from error

@@ -52,7 +52,7 @@ class Layout:
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise ValueError(f"two leaves of the state are both called {twice!r}")
-        self._is_frozen = [len(path) > 1 and path[0] == FROZEN for path in paths]
+        self._is_frozen = [path[:1] == (FROZEN,) for path in paths]
         abstract = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for _, leaf in leaves]
         self.live_paths, self.frozen_paths = self._parts(paths)
         self.live_names, self.frozen_names = self._parts(names)

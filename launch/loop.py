@@ -155,6 +155,8 @@ def _check(phases: Sequence[Phase], seed: int, save_every: int, save_every_secon
         for what in ("num_steps", "evaluate_every"):
             if getattr(phase, what) < 0:
                 raise ValueError(f"phase {phase.name!r}: {what} must be at least 0, got {getattr(phase, what)}")
+    if seed >= 2**32:
+        raise ValueError(f"seed must be less than 2**32, got {seed}")
     for name, value in (("seed", seed), ("save_every", save_every), ("save_every_seconds", save_every_seconds)):
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
@@ -189,6 +191,7 @@ class _Run:
         self.store, self.writers, self.console, self.stop, self.timing = store, writers, console, stop, timing
         self.seconds: dict[str, float] = {}
         self.steps_trained = 0
+        self.state: State | None = None
 
     def all_phases(self) -> FitResult:
         programs: list[Program] = []
@@ -199,7 +202,7 @@ class _Run:
         origin = None if restored is None else (self.phases[restored.phase].name, restored.step)
         for writer in self.writers:
             writer.begin([phase.name for phase in self.phases], origin)
-        first, state = 0, None
+        first = 0
         if restored is not None:
             self.seconds = dict(restored.seconds)
             self.console.line(f"going on from step {restored.step} of phase {self.phases[restored.phase].name!r}")
@@ -208,28 +211,29 @@ class _Run:
                 self.console.line("this run is finished: there is nothing to train")
         for index in range(first, len(self.phases)):
             start = restored if restored is not None and index == first else None
-            state = self.one_phase(index, programs[index], state, start)
+            self.one_phase(index, programs[index], start)
         self.store.close()
-        return FitResult(state, dict(self.seconds), self.steps_trained, origin)
+        return FitResult(self.state, dict(self.seconds), self.steps_trained, origin)
 
-    def one_phase(self, index: int, program: Program, previous: State | None, restored: Restored | None) -> State:
+    def one_phase(self, index: int, program: Program, restored: Restored | None) -> None:
+        """Takes ``state``, the finished one of the phase before, and leaves this phase's there."""
         phase, layout = program.phase, program.layout
         if self.stop:
             self.leave(f"before the first step of phase {phase.name!r}")
         self.timing.start(phase.name, self.seconds.get(phase.name, 0.0))
         if restored is None:
-            live, frozen = program.begin(previous, step_key(self.seed, _INIT + index, 0))
+            live, frozen = program.begin(self.state, step_key(self.seed, _INIT + index, 0))
             done, saved = 0, -1
         else:
             live, frozen, done = restored.live, restored.frozen, restored.step
             saved = done
-        del previous, restored  # only what is trained takes memory
+        self.state = None  # only what is trained takes memory
         if done < phase.num_steps:
             live, saved = self.train(index, program, live, frozen, done, saved)
         if saved < max(done, phase.num_steps):
             self.save(index, layout, live, frozen, phase.num_steps)
             self.store.wait()
-        return layout.merge(live, frozen)
+        self.state = layout.merge(live, frozen)
 
     def train(
         self, index: int, program: Program, live: tuple[Any, ...], frozen: tuple[Any, ...], done: int, saved: int

@@ -4,7 +4,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, TextIO
+from typing import Any
 
 
 def duration(seconds: float | int) -> str:
@@ -36,14 +36,14 @@ class Console:
     """The run's voice on stderr.
 
     Args:
-      stream: where to write.
+      stream: the text stream to write to; stderr if None.
       every_seconds: between plain lines, where there is no terminal.
       clock: seconds from any origin; never goes back.
     """
 
     def __init__(
         self,
-        stream: TextIO | None = None,
+        stream: Any = None,
         every_seconds: float | int = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):

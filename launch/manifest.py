@@ -1,0 +1,181 @@
+"""What a checkpoint says of itself: every leaf's name, shape, type and checksum, and how it is read and verified."""
+
+import contextlib
+import gc
+import hashlib
+import inspect
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from poise.launch.digest import digests
+from poise.launch.errors import LaunchError
+from poise.launch.leaves import abstract_data, from_data, leaf_name, to_data
+
+FORMAT = 1
+ITEMS = ("state", "meta")
+
+
+class CheckpointError(LaunchError, RuntimeError):
+    """A checkpoint that can't be written or doesn't belong to this run; the message names its path."""
+
+
+class Damaged(Exception):
+    """A checkpoint that can't be read back as it was written; the message says why."""
+
+
+def content_hash(content: Any) -> str:
+    """SHA-256 of anything that JSON can write."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def describe(paths: Sequence[Sequence[str]], leaves: Sequence[Any], sums: Sequence[str]) -> list[dict[str, Any]]:
+    """The manifest: every leaf's place, shape, type and checksum."""
+    return [
+        {"path": list(path), "shape": list(leaf.shape), "dtype": str(leaf.dtype), "digest": digest}
+        for path, leaf, digest in zip(paths, leaves, sums, strict=True)
+    ]
+
+
+def _payload(names: Sequence[str], leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
+    """What orbax gets: arrays by name. It can't store arrays without elements; the manifest is enough for those."""
+    data = {name: to_data(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    return {name: leaf for name, leaf in data.items() if leaf.size}
+
+
+def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
+    return meta | {"sha256": content_hash(meta)}
+
+
+def save_args(names: Sequence[str], leaves: Sequence[jax.Array], meta: dict[str, Any]) -> Any:
+    """What orbax saves: the leaves and the sealed description."""
+    payload = _payload(names, leaves)
+    items = {"state": ocp.args.StandardSave(payload)} if payload else {}
+    return ocp.args.Composite(meta=ocp.args.JsonSave(_sealed(meta)), **items)
+
+
+def checkpointer() -> ocp.Checkpointer:
+    """Reads and writes single checkpoints; writing is atomic and is waited for."""
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
+
+
+def _read(path: pathlib.Path, item: str, args: Any) -> Any:
+    """Restores an item; whatever goes wrong in the libraries below means damage, but not a lack of memory or rights."""
+    try:
+        with checkpointer() as reader:
+            content = reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
+        if content is None:
+            raise ValueError(f"its item {item} is not there")
+        return content
+    except MemoryError:
+        raise
+    except PermissionError as error:
+        raise CheckpointError(f"the checkpoint {path} can't be read: {error.strerror}") from error
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    gc.collect()  # the reads that were abandoned end now, while their complaints are dropped
+    raise Damaged(reason)
+
+
+@contextlib.contextmanager
+def quiet_abandoned_reads() -> Iterator[None]:
+    """Drops the complaints of the reads that orbax abandons when one of them fails; they say nothing that we don't."""
+    hook = sys.unraisablehook
+
+    def filtered(unraisable: Any) -> None:
+        abandoned = inspect.iscoroutine(unraisable.object) and "orbax" in unraisable.object.cr_code.co_filename
+        if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
+            hook(unraisable)
+
+    sys.unraisablehook = filtered
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
+def read_meta(path: pathlib.Path) -> dict[str, Any]:
+    """A checkpoint's own description, with its seal checked."""
+    if not path.is_dir():
+        raise Damaged("it is not there")
+    meta = _read(path, "meta", ocp.args.JsonRestore())
+    if not isinstance(meta, dict) or "sha256" not in meta:
+        raise Damaged("its description is incomplete")
+    seal = meta.pop("sha256")
+    if content_hash(meta) != seal:
+        raise Damaged("its description doesn't match its own checksum")
+    if meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path} was written in format {meta.get('format')}; this version reads format {FORMAT}")
+    return meta
+
+
+def read_leaves(
+    path: pathlib.Path, manifest: Sequence[Mapping[str, Any]], abstract: Sequence[Any], sharding: Any
+) -> tuple[jax.Array, ...]:
+    """The arrays of a checkpoint, each compared with its checksum."""
+    names = [leaf_name(entry["path"]) for entry in manifest]
+    wanted = [abstract_data(leaf) for leaf in abstract]
+    template = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in zip(names, wanted, strict=True)
+        if leaf.size
+    }
+    data = {}
+    if template:
+        data = _read(path, "state", ocp.args.StandardRestore(template))
+    leaves = []
+    for name, leaf, origin in zip(names, wanted, abstract, strict=True):
+        value = data[name] if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding)
+        leaves.append(from_data(value, origin.dtype))
+    for name, entry, digest in zip(names, manifest, digests(leaves), strict=True):
+        if entry["digest"] != digest:
+            raise Damaged(f"its leaf {name} has checksum {digest}, not {entry['digest']}")
+    return tuple(leaves)
+
+
+def matching(
+    path: pathlib.Path, manifest: Sequence[Any], names: Sequence[str], abstract: Sequence[Any]
+) -> list[Mapping[str, Any]]:
+    """The manifest in the order of a layout's leaves, after making sure that it describes the same leaves."""
+    entries = {leaf_name(entry["path"]): entry for entry in manifest}
+    saved = {name: f"{entry['dtype']}{entry['shape']}" for name, entry in entries.items()}
+    wanted = {name: f"{leaf.dtype}{list(leaf.shape)}" for name, leaf in zip(names, abstract, strict=True)}
+    for name in {**wanted, **saved}:
+        if saved.get(name) != wanted.get(name):
+            raise CheckpointError(
+                f"{path} holds the state of another model: its leaf {name} is {saved.get(name, 'not there')} there and "
+                f"{wanted.get(name, 'not there')} now"
+            )
+    return [entries[name] for name in names]
+
+
+def frozen_home(directory: pathlib.Path, meta: Mapping[str, Any]) -> pathlib.Path:
+    """Where a checkpoint's frozen leaves are."""
+    name = meta["frozen"]
+    if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{32}", name):
+        raise Damaged(f"it refers to a frozen part {name!r}")
+    return directory / "frozen" / name
+
+
+def read_frozen_manifest(home: pathlib.Path) -> list[Mapping[str, Any]]:
+    """The manifest of frozen leaves, which their folder's name stands for."""
+    manifest = read_meta(home)["leaves"]
+    if content_hash(manifest)[:32] != home.name:
+        raise Damaged("its content is not what its name says")
+    return manifest
+
+
+def saved_steps(folder: pathlib.Path) -> list[int]:
+    """The steps that a phase's folder has checkpoints of, newest first."""
+    if not folder.is_dir():
+        return []
+    return sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
