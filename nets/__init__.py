@@ -11,16 +11,20 @@ from poise.nets.edm import (
     ve_coefficients,
     vp_coefficients,
 )
+from poise.nets.edm_checkpoints import EDM_CHECKPOINTS
+from poise.nets.edm_state_dict import from_state_dict, infer_config, state_dict_shapes, to_state_dict
 from poise.nets.embeddings import FourierEmbedding, PositionalEmbedding, positional_embedding
 from poise.nets.group_norm import GroupNorm, group_count
 from poise.nets.initializers import LayerInit
 from poise.nets.labels import label_vectors
+from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning_of
 from poise.nets.ratio_head import RatioHead
 from poise.nets.resampling import ResampleConv, downsample, upsample
 from poise.nets.song_unet import SongUNet
 from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
 
 __all__ = [
+    "EDM_CHECKPOINTS",
     "BlockStyle",
     "DhariwalUNet",
     "DiscriminatorHead",
@@ -34,15 +38,24 @@ __all__ = [
     "ResampleConv",
     "SongUNet",
     "UNetBlock",
+    "adm",
+    "ddpmpp",
     "downsample",
     "edm_coefficients",
+    "edm_network",
+    "from_state_dict",
     "group_count",
     "head_group_count",
     "iddpm_coefficients",
     "iddpm_levels",
+    "infer_config",
     "label_vectors",
+    "ncsnpp",
     "pixel_attention",
     "positional_embedding",
+    "preconditioning_of",
+    "state_dict_shapes",
+    "to_state_dict",
     "upsample",
     "ve_coefficients",
     "vp_coefficients",
