@@ -1,0 +1,161 @@
+"""What a finished distillation leaves: report, table, pictures and the student itself."""
+
+import dataclasses
+import importlib.metadata
+import json
+import pathlib
+import platform
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from poise.fdistill import many_steps, one_step, student_variables
+from poise.launch.export import Student, save_student
+from poise.launch.files import atomic_path
+from poise.launch.loop import FitResult
+from poise.launch.networks import NetworkConfig, build_network
+from poise.launch.pictures import curves_picture, samples_picture
+from poise.launch.quality import Judge, draw_images
+
+if TYPE_CHECKING:
+    from poise.launch.distill import DistillConfig
+
+_SIGMA_INIT = 80.0
+_COLUMNS = 5
+_FIGURES = (
+    "frechet",
+    "frechet_train",
+    "precision",
+    "recall",
+    "coverage",
+    "class_consistency",
+    "nfe",
+    "images_per_second",
+)
+
+
+def write_results(
+    config: "DistillConfig",
+    network: NetworkConfig,
+    result: FitResult,
+    train: Mapping[str, np.ndarray],
+    judge: Judge,
+    class_names: Sequence[str],
+    workdir: pathlib.Path,
+) -> dict[str, Any]:
+    """Judges teacher and student, prints the table and writes everything; each file is whole or not there.
+
+    Args:
+      config: the run's settings.
+      network: the denoiser's settings.
+      result: what training ended with.
+      train: the training images, the floor of what can be reached.
+      judge: compares images with real ones.
+      class_names: names of the classes, in the order of their labels.
+      workdir: where ``student.safetensors``, ``report.json``, ``samples.png`` and ``distill.png`` go.
+
+    Returns:
+      The content of ``report.json``.
+    """
+    net = build_network(network)
+    teacher = result.state.frozen["teacher"]
+    student = Student(network, jax.device_get(student_variables(result.state)), _SIGMA_INIT, judge.scale)
+    save_student(workdir / "student.safetensors", student)
+
+    def sampled(variables, z, labels):
+        return many_steps(net, variables, z, labels, num_steps=config.sampler_steps)
+
+    def stepped(variables, z, labels):
+        return one_step(net, variables, z, labels, sigma_init=_SIGMA_INIT)
+
+    generators = {
+        "teacher": (sampled, teacher, 2 * config.sampler_steps - 1),
+        "teacher_1step": (stepped, teacher, 1),
+        "student": (stepped, student.variables, 1),
+    }
+    key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no phase has this number
+    report: dict[str, Any] = {}
+    shown = {}
+    for name, (generate, variables, nfe) in generators.items():
+        draws = draw_images(
+            generate,
+            variables,
+            network.image_shape,
+            judge.scale,
+            key=key,
+            num_classes=network.num_classes,
+            num_images=judge.num_train,
+            num_draws=config.eval_draws,
+        )
+        report[name] = judge.judge(draws, nfe)
+        shown[name] = _per_class(draws[0].images, draws[0].labels, network.num_classes)
+    report["real"] = judge.judge_real(train)
+    report |= {
+        "classifier_accuracy": judge.classifier_accuracy,
+        "seconds": result.seconds,
+        "config": dataclasses.asdict(config),
+        "versions": _versions(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "seed": config.seed,
+    }
+    with atomic_path(workdir / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+
+    groups = {
+        "real images": _per_class(train["image"], train["label"], network.num_classes),
+        f"teacher, {config.sampler_steps} Heun steps ({report['teacher']['nfe']} evaluations)": shown["teacher"],
+        "student, 1 step (1 evaluation)": shown["student"],
+    }
+    title = f"f-distill ({config.divergence.replace('_', '-')}) after {config.steps} student updates"
+    samples_picture(workdir / "samples.png", groups, class_names, judge.scale.maximum, title)
+    curves_picture(workdir / "distill.png", workdir / "metrics.jsonl", report, title)
+    print(table(report), flush=True)
+    return report
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """The report's figures as text, a row per generator; a dash where a value does not apply."""
+    heads = ("", *(name.replace("_", " ") for name in _FIGURES))
+    rows = [heads]
+    for name in ("real", "teacher", "teacher_1step", "student"):
+        rows.append(
+            (name.replace("_", ", ").replace("1step", "1 step"), *(_cell(report[name][key]) for key in _FIGURES))
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join(lines)
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
+
+
+def _per_class(images: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """The first images of every class, ``[classes, columns, H, W, C]``."""
+    columns = min(_COLUMNS, *(int((labels == c).sum()) for c in range(num_classes)))
+    return np.stack([images[labels == c][:columns] for c in range(num_classes)])
+
+
+def _versions() -> dict[str, str]:
+    names = (
+        "poise",
+        "jax",
+        "jaxlib",
+        "flax",
+        "optax",
+        "orbax-checkpoint",
+        "tensorflow-datasets",
+        "numpy",
+        "scikit-learn",
+    )
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,138 @@
+"""A finished student as one safetensors file, and back: three lines in anybody's project."""
+
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from poise.launch.files import atomic_path
+from poise.launch.networks import NetworkConfig, build_network
+from poise.launch.pixels import PixelScale
+
+_FORMAT = "poise-student"
+_VERSION = 1
+
+
+class Student(NamedTuple):
+    """A one-step generator: parameters, the network's settings and the scale of its images.
+
+    Attributes:
+      network: the network's settings.
+      variables: its variables, for ``build_network(network).apply``.
+      sigma_init: the noise level at which it is called.
+      scale: what turns its output into pixel values.
+    """
+
+    network: NetworkConfig
+    variables: Any
+    sigma_init: float
+    scale: PixelScale
+
+    def __call__(self, key: PRNGKeyArray, labels: Array) -> Array:
+        """Draws one image for each label, with one evaluation of the network.
+
+        Args:
+          key: a random key.
+          labels: ``[N]`` integers below the number of classes.
+
+        Returns:
+          Images ``[N, H, W, C]`` with values in [0, 1].
+
+        Raises:
+          ValueError: if labels are not a vector of integers in range.
+        """
+        from poise.fdistill import one_step
+
+        labels = jnp.asarray(labels)
+        if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+            raise ValueError(f"labels must be a vector of integers, got shape {labels.shape} and dtype {labels.dtype}")
+        if not isinstance(labels, jax.core.Tracer) and labels.size:
+            bad = labels[(labels < 0) | (labels >= self.network.num_classes)]
+            if bad.size:
+                raise ValueError(f"labels must be in [0, {self.network.num_classes}), got {int(bad[0])}")
+        latents = jax.random.normal(key, (labels.shape[0], *self.network.image_shape))
+        x = one_step(build_network(self.network), self.variables, latents, labels, sigma_init=self.sigma_init)
+        pixels = x * (self.scale.std / self.scale.sigma_data) + self.scale.mean
+        return jnp.clip(pixels / self.scale.maximum, 0.0, 1.0)
+
+
+def save_student(path: str | os.PathLike, student: Student) -> None:
+    """Writes a student as safetensors: parameters by path, everything else as JSON in the file's metadata.
+
+    Args:
+      path: the file, written atomically.
+      student: the student.
+    """
+    from safetensors.numpy import save_file
+
+    flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(student.variables), sep="/")
+    header = {
+        "version": _VERSION,
+        "network": student.network._asdict(),
+        "sigma_init": student.sigma_init,
+        "scale": student.scale._asdict(),
+    }
+    tensors = {name: np.ascontiguousarray(jax.device_get(value)) for name, value in flat.items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"format": _FORMAT, "student": json.dumps(header, sort_keys=True)})
+
+
+def load_student(path: str | os.PathLike) -> Student:
+    """Loads a student from a finished run's folder or from its safetensors file.
+
+    Args:
+      path: the working directory of a run, or the file ``student.safetensors`` in it.
+
+    Returns:
+      The student, to be called with a key and labels. Nothing in the file is executed.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ValueError: if the file isn't a student of a version that this release reads, or doesn't fit its own settings.
+
+    Example:
+      .. code-block:: python
+
+         from poise.launch import load_student
+
+         student = load_student("runs/digits")
+         images = student(jax.random.key(0), jnp.arange(10))  # [10, 8, 8, 1], values in [0, 1]
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = pathlib.Path(path)
+    file = file / "student.safetensors" if file.is_dir() else file
+    if not file.is_file():
+        raise FileNotFoundError(f"no student at {file}: is the run finished?")
+    try:
+        with safe_open(file, framework="numpy") as reader:
+            metadata = reader.metadata() or {}
+            flat = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{file} holds no student: its format is {metadata.get('format')!r}, not {_FORMAT!r}")
+    header = json.loads(metadata["student"])
+    if header["version"] != _VERSION:
+        raise ValueError(f"{file} has version {header['version']}; this release reads version {_VERSION}")
+    network = NetworkConfig.from_json(header["network"])
+    net = build_network(network)
+    image, level = jnp.zeros((1, *network.image_shape)), jnp.ones((1,))
+    expected = flax.traverse_util.flatten_dict(
+        jax.eval_shape(net.init, jax.random.key(0), image, level, jnp.zeros((1,), jnp.int32)), sep="/"
+    )
+    wrong = [
+        name
+        for name in sorted(expected.keys() | flat.keys())
+        if name not in flat or name not in expected or flat[name].shape != expected[name].shape
+    ]
+    if wrong:
+        raise ValueError(f"{file} does not fit its network: {len(wrong)} parameters differ, the first is {wrong[0]}")
+    variables = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat, sep="/"))
+    return Student(network, variables, header["sigma_init"], PixelScale(**header["scale"]))

@@ -1,0 +1,76 @@
+"""The frame around every launcher: flags, folder, lock, one sentence for each failure, and the exit code."""
+
+import os
+import pathlib
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from poise.launch.config import ConfigError, parse_config, prepare_workdir, settle_config
+from poise.launch.errors import LaunchError
+from poise.launch.lock import workdir_lock
+from poise.launch.signals import Interrupted
+
+
+def launch(
+    cls: type,
+    recipes: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str],
+    run: Callable[[Any, pathlib.Path], None],
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """Reads the flags, claims the working directory, runs, and turns what happened into an exit code.
+
+    Args:
+      cls: the launcher's configuration dataclass, with a field ``workdir``.
+      recipes: its named presets.
+      argv: the command line without the program's name.
+      run: ``(config, workdir) -> None``, the run itself.
+      prog: the module's name, as in ``poise.launch.distill``.
+      description: what the launcher does, for ``--help``.
+
+    Returns:
+      0 when the run finished, or was stopped by SIGTERM and saved; 130 after Ctrl-C; 2 for settings or a folder that
+      cannot be used, before anything was written; 1 for any other failure that has a sentence of its own.
+    """
+    config = parse_config(cls, recipes, argv, prog=prog, description=description)
+    # The training loop puts its own handler in this one's place, outside of it a stop loses nothing.
+    previous = signal.signal(signal.SIGTERM, _stop_at_once)
+    try:
+        if not config.workdir:
+            raise ConfigError("--workdir must name the run's folder, such as --workdir=runs/digits")
+        workdir = prepare_workdir(config.workdir)
+        with workdir_lock(workdir):
+            settle_config(config, workdir)
+            _set_up_jax(config)
+            run(config, workdir)
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return 130
+    except Interrupted as stopped:
+        print(f"{prog}: {stopped}; the same command goes on from there", file=sys.stderr)
+        return stopped.exit_code
+    except LaunchError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return 0
+
+
+def _stop_at_once(signum: int, frame: FrameType | None) -> None:
+    raise Interrupted(signum, "stopped")
+
+
+def _set_up_jax(config: Any) -> None:
+    """The compilation cache, before anything is compiled."""
+    import jax
+
+    if config.jax_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.abspath(config.jax_cache_dir))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

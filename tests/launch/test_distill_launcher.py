@@ -1,0 +1,243 @@
+"""The main job from its command line: to the end at smoke size, its mistakes, and kills at any moment."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import matplotlib.image
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from poise.fdistill import DIVERGENCES
+from poise.launch.distill import RECIPES, DistillConfig
+
+COMMAND = [sys.executable, "-m", "poise.launch.distill", "--recipe=smoke"]
+FIGURES = {
+    "frechet",
+    "frechet_train",
+    "precision",
+    "recall",
+    "coverage",
+    "class_consistency",
+    "nfe",
+    "images_per_second",
+}
+
+
+def environment():
+    """One device, as a user's laptop has; a run's own compilation cache would only slow a smoke run down."""
+    return {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+
+
+def launch(*flags, check=True, **kwargs):
+    done = subprocess.run([*COMMAND, *flags], capture_output=True, text=True, env=environment(), **kwargs)
+    assert not check or done.returncode == 0, done.stderr[-4000:]
+    return done
+
+
+def rows(workdir: pathlib.Path):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of the smoke recipe, undisturbed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    return workdir, launch(f"--workdir={workdir}")
+
+
+def test_the_run_writes_everything(finished):
+    workdir, done = finished
+    names = {path.name for path in workdir.iterdir()}
+    assert {"config.json", "metrics.jsonl", "timing.jsonl", "report.json", "samples.png", "distill.png"} <= names
+    assert "student.safetensors" in names
+    report = json.loads((workdir / "report.json").read_text())
+    for name in ("teacher", "teacher_1step", "student", "real"):
+        assert report[name].keys() >= FIGURES
+    assert report["teacher"]["nfe"] == 5
+    assert report["student"]["nfe"] == 1
+    assert report["seconds"].keys() == {"teacher", "warmup", "distill"}
+    assert report["seed"] == report["config"]["seed"] == 0
+    assert report["versions"]["poise"]
+    assert matplotlib.image.imread(workdir / "samples.png").std() > 0.05
+    assert matplotlib.image.imread(workdir / "distill.png").std() > 0.05
+    for name in ("real", "teacher", "student"):
+        assert name in done.stdout
+
+
+def test_metrics_have_one_object_a_step_and_no_clock(finished):
+    workdir, _ = finished
+    for phase, steps in (("teacher", 6), ("warmup", 2), ("distill", 4)):
+        steps_written = [row["step"] for row in rows(workdir) if row["phase"] == phase and "eval/frechet" not in row]
+        assert steps_written == list(range(1, steps + 1))
+    evaluated = [row["step"] for row in rows(workdir) if "eval/frechet" in row]
+    assert evaluated == [2, 4]
+    assert not any("second" in name or "time" in name for row in rows(workdir) for name in row)
+
+
+def test_a_finished_run_is_left_alone_and_more_steps_extend_it(finished):
+    workdir, _ = finished
+    before = (workdir / "metrics.jsonl").read_bytes()
+    launch(f"--workdir={workdir}")
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    launch(f"--workdir={workdir}", "--steps=6")
+    assert (workdir / "metrics.jsonl").read_bytes().startswith(before)
+    assert [row["step"] for row in rows(workdir) if row["phase"] == "distill" and "fake_loss" in row] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--stepz=3"], ["--stepz", "did you mean", "steps"]),
+        (["--recipe=digit"], ["recipe", "digit", "digits"]),
+        (["--steps=0"], ["steps", "at least 1", "0"]),
+        (["--batch_size=1"], ["batch_size", "at least 2"]),
+        (["--divergence=jensen_shanon"], ["divergence", "jensen_shannon"]),
+        (["--learning_rate=fast"], ["learning_rate", "fast"]),
+        (["--sigma_min=9"], ["sigma_min", "sigma_max"]),
+        (["runs/digits"], ["runs/digits"]),
+    ],
+)
+def test_mistakes_are_one_sentence_and_write_nothing(flags, words, tmp_path):
+    workdir = tmp_path / "run"
+    done = launch(f"--workdir={workdir}", *flags, check=False)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    for word in words:
+        assert word in done.stderr
+    assert not workdir.exists()
+    assert not done.stdout
+
+
+def test_no_workdir_and_one_that_cannot_be_written(tmp_path):
+    done = launch(check=False)
+    assert done.returncode == 2
+    assert "--workdir" in done.stderr
+    file = tmp_path / "file"
+    file.write_text("")
+    done = launch(f"--workdir={file}/run", check=False)
+    assert done.returncode == 2
+    assert str(file) in done.stderr
+
+
+def test_another_configuration_in_the_same_folder_is_refused(finished):
+    workdir, _ = finished
+    done = launch(f"--workdir={workdir}", "--seed=1", "--teacher_steps=7", check=False)
+    assert done.returncode == 2
+    assert "seed was 0 and is now 1" in done.stderr
+    assert "teacher_steps was 6 and is now 7" in done.stderr
+
+
+def test_help_lists_every_flag_without_loading_jax():
+    code = (
+        "import sys; from poise.launch.distill import main\n"
+        "try:\n    main(['--help'])\n"
+        "except SystemExit as stop:\n    assert stop.code == 0\n"
+        "assert not {'jax', 'orbax', 'tensorflow_datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment())
+    assert done.returncode == 0, done.stderr
+    for name in DistillConfig.__dataclass_fields__:
+        assert f"--{name}" in done.stdout
+    for name in RECIPES:
+        assert name in done.stdout
+
+
+def test_the_flag_allows_exactly_the_library_divergences():
+    choices = DistillConfig.__dataclass_fields__["divergence"].metadata["poise"]["choices"]
+    assert sorted(choices) == sorted(DIVERGENCES)
+
+
+def test_a_student_loads_in_three_lines_elsewhere(finished, tmp_path):
+    workdir, _ = finished
+    code = (
+        "import jax, jax.numpy as jnp\nfrom poise.launch import load_student\n"
+        f"student = load_student({str(workdir)!r})\nimages = student(jax.random.key(0), jnp.arange(10))\n"
+        "assert images.shape == (10, 8, 8, 1), images.shape"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def results(workdir: pathlib.Path):
+    """Everything that must not depend on interruptions: parameters, metrics, and the report without its clock."""
+    report = json.loads((workdir / "report.json").read_text())
+    report.pop("seconds")
+    report.pop("config")
+    for name in ("teacher", "teacher_1step", "student", "real"):
+        report[name].pop("images_per_second")
+    return (workdir / "metrics.jsonl").read_bytes(), load_file(workdir / "student.safetensors"), report
+
+
+def assert_same(one, two):
+    assert one[0] == two[0]
+    assert one[1].keys() == two[1].keys()
+    for name in one[1]:
+        np.testing.assert_array_equal(one[1][name], two[1][name], err_msg=name)
+    assert one[2] == two[2]
+
+
+def progress(workdir: pathlib.Path) -> tuple[str, int]:
+    try:
+        row = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    except (OSError, IndexError, json.JSONDecodeError):
+        return "", 0
+    return row["phase"], row["step"]
+
+
+@pytest.mark.slow
+def test_killed_in_each_phase_at_random_moments_it_ends_bit_identical(tmp_path):
+    """SIGKILL in every phase and while it saves or writes results; the restarted run equals an undisturbed one."""
+    flags = ["--teacher_steps=60", "--warmup_steps=20", "--steps=30", "--save_every=4"]
+    launch(f"--workdir={tmp_path / 'whole'}", *flags)
+    expected = results(tmp_path / "whole")
+    workdir = tmp_path / "killed"
+    rng = random.Random(int.from_bytes(os.urandom(4)))
+    for phase in ("teacher", "warmup", "distill"):
+        process = subprocess.Popen(
+            [*COMMAND, f"--workdir={workdir}", *flags], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while progress(workdir)[0] != phase and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(rng.uniform(0.0, 0.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert not (workdir / "report.json").exists() or phase == "distill"
+    launch(f"--workdir={workdir}", *flags)
+    assert_same(results(workdir), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_asked_to_stop_it_saves_and_says_how_to_go_on(sent, code, finished, tmp_path):
+    workdir = tmp_path / "run"
+    flags = ["--teacher_steps=400", "--save_every=1000"]
+    process = subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}", *flags], env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    while progress(workdir)[1] < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(sent)
+    _, errors = process.communicate()
+    assert process.returncode == code, errors
+    assert "the same command goes on" in errors
+    reached = progress(workdir)[1]
+    assert 3 <= reached < 400
+    done = launch(f"--workdir={workdir}", *flags)
+    assert "resum" in done.stderr.lower()
+    assert [row["step"] for row in rows(workdir) if row["phase"] == "teacher"] == list(range(1, 401))
