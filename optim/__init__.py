@@ -1,20 +1,42 @@
 """Gradient transformations, reparameterizations and update rules, each of them a pure function."""
 
+from poise.optim import kappas
 from poise.optim.adamp import ScaleByAdamPState, adamp, scale_by_adamp
+from poise.optim.armijo import Armijo, ArmijoInfo, armijo_gradient_descent
 from poise.optim.channel_axes import ChannelAxes, flax_channel_axes
 from poise.optim.compander import CompandedParams, Compander, companded_scales, compander
 from poise.optim.companding import companding, companding_bound, companding_grad, companding_inverse
+from poise.optim.kappas import Kappa
+from poise.optim.lion_kappa import lion_kappa, scale_by_lion_kappa
 from poise.optim.projection import adamp_view, project_radial
 from poise.optim.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
+from poise.optim.sso import (
+    SSO,
+    SSOInfo,
+    SSOState,
+    TargetLineSearch,
+    sso,
+    sso_step,
+    target_line_search,
+    target_surrogate,
+)
 
 __all__ = [
+    "SSO",
+    "Armijo",
+    "ArmijoInfo",
     "ChannelAxes",
     "CompandedParams",
     "Compander",
+    "Kappa",
+    "SSOInfo",
+    "SSOState",
     "ScaleByAdamPState",
     "ScaleBySgdpState",
+    "TargetLineSearch",
     "adamp",
     "adamp_view",
+    "armijo_gradient_descent",
     "companded_scales",
     "compander",
     "companding",
@@ -22,8 +44,15 @@ __all__ = [
     "companding_grad",
     "companding_inverse",
     "flax_channel_axes",
+    "kappas",
+    "lion_kappa",
     "project_radial",
     "scale_by_adamp",
+    "scale_by_lion_kappa",
     "scale_by_sgdp",
     "sgdp",
+    "sso",
+    "sso_step",
+    "target_line_search",
+    "target_surrogate",
 ]
