@@ -78,7 +78,7 @@ def scale_by_lion_kappa(
         check_real("params", params)
         return optax.ScaleByLionState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=mu_dtype))
 
-    def direction(g: Array | None, mu: Any) -> Array | None:
+    def direction(g: Any, mu: Any) -> Array | None:
         if g is None:
             return None
         u = -kappa.grad(-((1.0 - b1) * g + b1 * mu))
@@ -87,7 +87,7 @@ def scale_by_lion_kappa(
             u = u * (multiplier / jnp.maximum(jnp.mean(multiplier), 1e-5))
         return u.astype(g.dtype)
 
-    def momentum(g: Array | None, mu: Any) -> Any:
+    def momentum(g: Any, mu: Any) -> Any:
         return mu if g is None else ((1 - b2) * g + b2 * mu).astype(mu.dtype)
 
     def update(updates: PyTree, state: optax.ScaleByLionState, params: PyTree = None):
