@@ -65,8 +65,7 @@ def frechet(
             raise ValueError(f"{name} must have shape {shape}, as mu1 has shape {mu1.shape}, got {value.shape}")
     if dim < 1:
         raise ValueError(f"mu1 must hold at least one feature, got shape {mu1.shape}")
-    distance = jnp.sum((mu1 - mu2) ** 2) + jnp.trace(cov1) + jnp.trace(cov2) - 2 * _trace_root(cov1, cov2)
-    return jnp.maximum(distance, 0)
+    return _frechet(mu1, cov1, mu2, cov2)
 
 
 def frechet_distance(features1: Float[ArrayLike, "n dim"], features2: Float[ArrayLike, "m dim"]) -> Float[Array, ""]:
@@ -98,6 +97,12 @@ def frechet_distance(features1: Float[ArrayLike, "n dim"], features2: Float[Arra
     """
     features1, features2 = check_pair(("features1", features1), ("features2", features2))
     return frechet(*moments(features1), *moments(features2))
+
+
+@jax.jit
+def _frechet(mu1: Array, cov1: Array, mu2: Array, cov2: Array) -> Array:
+    distance = jnp.sum((mu1 - mu2) ** 2) + jnp.trace(cov1) + jnp.trace(cov2) - 2 * _trace_root(cov1, cov2)
+    return jnp.maximum(distance, 0)
 
 
 def _factor(cov: Array) -> tuple[Array, Array]:

@@ -74,9 +74,11 @@ def mmd2(
 
 @partial(jax.jit, static_argnames=("unbiased", "block_size"))
 def _mmd2(x: Array, y: Array, bandwidths: Array, unbiased: bool, block_size: int) -> Array:
+    # The square of a small bandwidth underflows; a sample is then alike to its equals alone.
+    variances = jnp.maximum(bandwidths**2, jnp.finfo(bandwidths.dtype).tiny)
+
     def kernel(squared: Array) -> Array:
-        # Divided twice, since the square of a small bandwidth underflows.
-        return sum(jnp.exp(-0.5 * (squared / h / h)) for h in bandwidths) / len(bandwidths)
+        return sum(jnp.exp(-0.5 * squared / variance) for variance in variances) / len(variances)
 
     within = mean_over_pairs(kernel, x, x, block_size, unbiased) + mean_over_pairs(kernel, y, y, block_size, unbiased)
     estimate = within - 2 * mean_over_pairs(kernel, x, y, block_size)

@@ -34,8 +34,8 @@ class ModeCoverage(NamedTuple):
 def mode_coverage(
     samples: Float[ArrayLike, "n dim"],
     centers: Float[ArrayLike, "modes dim"],
-    radius: float | Float[ArrayLike, ""],
-    min_share: float | Float[ArrayLike, ""],
+    radius: float | int | Float[ArrayLike, ""],
+    min_share: float | int | Float[ArrayLike, ""],
     block_size: int = 4096,
 ) -> ModeCoverage:
     r"""Counts the modes that samples reach, where the modes are known.
@@ -140,6 +140,11 @@ def mode_share_kl(
         raise ValueError("shares must hold at least one mode, got none")
     if shares.shape != target.shape:
         raise ValueError(f"target must have the shape of shares {shares.shape}, got {target.shape}")
+    return _mode_share_kl(shares, target)
+
+
+@jax.jit
+def _mode_share_kl(shares: Array, target: Array) -> Array:
     target = target / target.sum()
     total = shares.sum()
     shares = shares / jnp.where(total > 0, total, 1)

@@ -177,15 +177,7 @@ def merge_moments(first: RunningMoments, second: RunningMoments) -> RunningMomen
             f"first and second must have the same number of features, got means of shapes {first.mean.shape} and "
             f"{second.mean.shape}"
         )
-    count = first.count + second.count
-    dtype = jnp.result_type(first.mean, second.mean)
-    share = second.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
-    delta = second.mean - first.mean
-    return RunningMoments(
-        count,
-        first.mean + share * delta,
-        first.scatter + second.scatter + (first.count.astype(dtype) * share) * jnp.outer(delta, delta),
-    )
+    return _merge(first, second)
 
 
 def finalize_moments(running: RunningMoments) -> Moments:
@@ -210,7 +202,21 @@ def finalize_moments(running: RunningMoments) -> Moments:
     return Moments(running.mean, running.scatter / jnp.maximum(running.count - 1, 1).astype(running.mean.dtype))
 
 
+@jax.jit
 def _mean_and_scatter(features: Array) -> tuple[Array, Array]:
     mean = features.mean(axis=0)
     centered = features - mean
     return mean, jnp.matmul(centered.T, centered, precision="highest")
+
+
+@jax.jit
+def _merge(first: RunningMoments, second: RunningMoments) -> RunningMoments:
+    count = first.count + second.count
+    dtype = jnp.result_type(first.mean, second.mean)
+    share = second.count.astype(dtype) / jnp.maximum(count, 1).astype(dtype)
+    delta = second.mean - first.mean
+    return RunningMoments(
+        count,
+        first.mean + share * delta,
+        first.scatter + second.scatter + (first.count.astype(dtype) * share) * jnp.outer(delta, delta),
+    )

@@ -15,7 +15,7 @@ def sliced_wasserstein(
     x: Float[ArrayLike, "n dim"],
     y: Float[ArrayLike, "m dim"],
     projections: Float[ArrayLike, "projections dim"],
-    p: float,
+    p: float | int,
     block_size: int = 32,
 ) -> Float[Array, ""]:
     r"""The `p`-th power of the sliced Wasserstein-`p` distance.
@@ -84,7 +84,7 @@ def _quantile_steps(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 @partial(jax.jit, static_argnames=("p", "block_size"))
-def _sliced_wasserstein(x: Array, y: Array, projections: Array, p: float, block_size: int) -> Array:
+def _sliced_wasserstein(x: Array, y: Array, projections: Array, p: float | int, block_size: int) -> Array:
     widths, rank_x, rank_y = _quantile_steps(len(x), len(y))
 
     def transport(direction: Array) -> Array:
