@@ -25,6 +25,15 @@ from poise.fdistill.edm import (
     sample_ve_sigma,
     sample_vp_sigma,
 )
+from poise.fdistill.ema import (
+    ema_decay,
+    inverse_sqrt_learning_rate,
+    power_ema_decay,
+    power_function_beta,
+    solve_posthoc_coefficients,
+    std_to_exp,
+    update_ema,
+)
 from poise.fdistill.losses import (
     GanLosses,
     approx_r1,
@@ -66,6 +75,7 @@ __all__ = [
     "edm_coefficients",
     "edm_loss",
     "effective_sample_size",
+    "ema_decay",
     "estimate_sigma_data",
     "f_divergence",
     "f_weight",
@@ -76,6 +86,7 @@ __all__ = [
     "guided",
     "heun_sampler",
     "init_ratio_bins",
+    "inverse_sqrt_learning_rate",
     "karras_levels",
     "karras_sigmas",
     "log_ratio",
@@ -84,6 +95,8 @@ __all__ = [
     "noise_schedule",
     "normalize_log_ratio",
     "normalized_weight",
+    "power_ema_decay",
+    "power_function_beta",
     "prediction_target",
     "sample_karras_sigma",
     "sample_sigma",
@@ -92,7 +105,10 @@ __all__ = [
     "scale",
     "sigma_steps",
     "skew_js",
+    "solve_posthoc_coefficients",
+    "std_to_exp",
     "surrogate_loss",
+    "update_ema",
     "vp_betas",
     "x0_from_prediction",
 ]
