@@ -1,5 +1,6 @@
 """Checkpoints of a run: written atomically in the background, verified when read, and never lost to a damaged one."""
 
+import contextlib
 import os
 import pathlib
 import shutil
@@ -22,8 +23,9 @@ from poise.launch.manifest import (
     content_hash,
     describe,
     frozen_home,
+    in_short,
     matching,
-    quiet_abandoned_reads,
+    quiet_orbax,
     read_frozen_manifest,
     read_leaves,
     read_meta,
@@ -82,6 +84,7 @@ class CheckpointStore:
         self._folders = [self.directory / f"{index:02d}_{name}" for index, (name, _) in enumerate(phases)]
         self._manager: ocp.CheckpointManager | None = None
         self._manager_phase = -1
+        self._quiet = contextlib.ExitStack()
         self._frozen: tuple[tuple[jax.Array, ...], str] | None = None  # the last frozen leaves and their digest
 
     def path(self, phase: int, step: int) -> pathlib.Path:
@@ -104,7 +107,7 @@ class CheckpointStore:
           CheckpointError: if a checkpoint is in order but belongs to another run: other phases, another seed, or states
             of another shape. Nothing is put aside then.
         """
-        with quiet_abandoned_reads():
+        with quiet_orbax():
             return self._restore_newest(layouts, sharding)
 
     def _restore_newest(self, layouts: Sequence[Layout], sharding: Any) -> Restored | None:
@@ -242,6 +245,7 @@ class CheckpointStore:
     def _open(self, phase: int) -> ocp.CheckpointManager:
         if self._manager is None or self._manager_phase != phase:
             self.close()
+            self._quiet.enter_context(quiet_orbax())
             self._folders[phase].mkdir(parents=True, exist_ok=True)
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self._folders[phase], options=options, item_names=ITEMS)
@@ -274,6 +278,7 @@ class CheckpointStore:
             manager, self._manager = self._manager, None
             with _saving(self._folders[self._manager_phase]):
                 manager.close()
+            self._quiet.close()  # not after a failure, which orbax's threads go on complaining of
 
 
 class _saving:
@@ -287,10 +292,9 @@ class _saving:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception) and not isinstance(error, LaunchError):
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
             raise CheckpointError(
-                f"the checkpoint {self._path} can't be written: {reason}; earlier checkpoints are intact, the same "
-                "command goes on from the newest of them once that is mended"
+                f"the checkpoint {self._path} can't be written: {in_short(error)}; earlier checkpoints are intact, the "
+                "same command goes on from the newest of them once that is mended"
             ) from error
 
 
@@ -325,7 +329,7 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
     checkpoint = next(_checkpoints(origin), None)
     if checkpoint is None:
         raise CheckpointError(f"there is no checkpoint in {origin}")
-    with quiet_abandoned_reads():
+    with quiet_orbax():
         return _restore_tree(checkpoint)
 
 

@@ -5,6 +5,7 @@ import gc
 import hashlib
 import inspect
 import json
+import logging
 import pathlib
 import re
 import sys
@@ -66,6 +67,12 @@ def checkpointer() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
 
 
+def in_short(error: Exception) -> str:
+    """A library's error as one line; of a long one the beginning and the end, where the system's own words are."""
+    words = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return words if len(words) <= 260 else f"{words[:120]} ... {words[-130:]}"
+
+
 def _read(path: pathlib.Path, item: str, args: Any) -> Any:
     """Restores an item; whatever goes wrong in the libraries below means damage, but not a lack of memory or rights."""
     try:
@@ -81,14 +88,17 @@ def _read(path: pathlib.Path, item: str, args: Any) -> Any:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        reason = in_short(error)
     gc.collect()  # the reads that were abandoned end now, while their complaints are dropped
     raise Damaged(reason)
 
 
 @contextlib.contextmanager
-def quiet_abandoned_reads() -> Iterator[None]:
-    """Drops the complaints of the reads that orbax abandons when one of them fails; they say nothing that we don't."""
+def quiet_orbax() -> Iterator[None]:
+    """Drops what orbax says behind our back when a read or a write fails: pages of tracebacks from its threads.
+
+    Nothing is lost by it, every failure comes back as an exception, of which we make one sentence.
+    """
     hook = sys.unraisablehook
 
     def filtered(unraisable: Any) -> None:
@@ -96,11 +106,17 @@ def quiet_abandoned_reads() -> Iterator[None]:
         if not abandoned and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
+    def by_others(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname
+
+    log = logging.getLogger("absl")
+    log.addFilter(by_others)
     sys.unraisablehook = filtered
     try:
         yield
     finally:
         sys.unraisablehook = hook
+        log.removeFilter(by_others)
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def teacher(nan_at=None):
             count=jnp.zeros((), jnp.int32),
             half=jnp.ones(5, jnp.bfloat16),
             improving=jnp.array(False),
-            key=jax.random.split(key, 2),
+            key=jax.random.split(key, 2000),
             nothing=jnp.zeros((0, 3)),
         )
 
@@ -99,7 +99,7 @@ def teacher(nan_at=None):
             key=jax.vmap(lambda k: jax.random.fold_in(k, state.count))(state.key),
             nothing=state.nothing,
         )
-        return new, {"loss": loss, "grad_norm": optax.global_norm(grads), "improving": loss < 1.0}
+        return new, {"loss": loss, "grad_norm": optax.tree.norm(grads), "improving": loss < 1.0}
 
     return Algorithm(init, step)
 
