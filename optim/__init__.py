@@ -7,7 +7,20 @@ from poise.optim.channel_axes import ChannelAxes, flax_channel_axes
 from poise.optim.compander import CompandedParams, Compander, companded_scales, compander
 from poise.optim.companding import companding, companding_bound, companding_grad, companding_inverse
 from poise.optim.kappas import Kappa
+from poise.optim.linear_rules import LinearRule, Separation, iterations_to_separate, path_of_rule
 from poise.optim.lion_kappa import lion_kappa, scale_by_lion_kappa
+from poise.optim.lion_kappa_diagnostics import (
+    lion_kappa_constraint_violation,
+    lion_kappa_lyapunov,
+    lion_kappa_stationarity_gap,
+)
+from poise.optim.normalized_gd import (
+    logistic_gd,
+    logistic_rule,
+    normalized_logistic_loss,
+    normalized_logistic_weights,
+)
+from poise.optim.perceptron import batch_perceptron, batch_perceptron_rule, perceptron_rule
 from poise.optim.projection import adamp_view, project_radial
 from poise.optim.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
 from poise.optim.sso import (
@@ -29,14 +42,18 @@ __all__ = [
     "CompandedParams",
     "Compander",
     "Kappa",
+    "LinearRule",
     "SSOInfo",
     "SSOState",
     "ScaleByAdamPState",
     "ScaleBySgdpState",
+    "Separation",
     "TargetLineSearch",
     "adamp",
     "adamp_view",
     "armijo_gradient_descent",
+    "batch_perceptron",
+    "batch_perceptron_rule",
     "companded_scales",
     "compander",
     "companding",
@@ -44,8 +61,18 @@ __all__ = [
     "companding_grad",
     "companding_inverse",
     "flax_channel_axes",
+    "iterations_to_separate",
     "kappas",
     "lion_kappa",
+    "lion_kappa_constraint_violation",
+    "lion_kappa_lyapunov",
+    "lion_kappa_stationarity_gap",
+    "logistic_gd",
+    "logistic_rule",
+    "normalized_logistic_loss",
+    "normalized_logistic_weights",
+    "path_of_rule",
+    "perceptron_rule",
     "project_radial",
     "scale_by_adamp",
     "scale_by_lion_kappa",
