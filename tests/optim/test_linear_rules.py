@@ -1,5 +1,7 @@
 """Iterations on separable data: exact counts and paths, bounds, limits, failures."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,14 @@ quick = settings(max_examples=10, deadline=None)
 @jax.jit
 def logistic_counts(features, labels, step_size):
     """Steps until separation, normalized and not."""
-    signed = (features, labels)
-    return [iterations_to_separate(logistic_rule(step_size, n), *signed, 100_000).num_steps for n in (True, False)]
+    rules = logistic_rule(step_size, normalized=True), logistic_rule(step_size)
+    return [iterations_to_separate(rule, features, labels, 100_000).num_steps for rule in rules]
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def logistic_paths(features, labels, step_size, num_steps):
+    """Iterates, normalized and not."""
+    return [logistic_gd(features, labels, step_size, num_steps, normalized) for normalized in (True, False)]
 
 
 @pytest.mark.golden
@@ -37,16 +45,12 @@ def test_published_counts_and_paths(golden_file):
             normalized, plain = logistic_counts(x, y, step_size)
             assert int(normalized) == data["normalized_iterations"][i]
             assert int(plain) == data["lr_gd_iterations"][i]
-            for key, flag in (("normalized_trajectory", True), ("lr_gd_trajectory", False)):
-                path = logistic_gd(x, y, step_size, data[key].shape[1] - 1, flag)
-                scale = np.abs(data[key][i]).max()
-                np.testing.assert_allclose(path, data[key][i], rtol=1e-9, atol=1e-9 * scale)
-        for normalized, key in (
-            (False, "batch_perceptron_iterations"),
-            (True, "normalized_batch_perceptron_iterations"),
-        ):
-            result = iterations_to_separate(batch_perceptron_rule(normalized), x, y, 100_000)
-            assert int(result.num_steps) == data[key]
+            paths = logistic_paths(x, y, step_size, data["lr_gd_trajectory"].shape[1] - 1)
+            for path, key in zip(paths, ("normalized_trajectory", "lr_gd_trajectory"), strict=True):
+                np.testing.assert_allclose(path, data[key][i], rtol=1e-9, atol=1e-9 * np.abs(data[key][i]).max())
+        for prefix in ("", "normalized_"):
+            result = iterations_to_separate(batch_perceptron_rule(prefix != ""), x, y, 100_000)
+            assert int(result.num_steps) == data[f"{prefix}batch_perceptron_iterations"]
             assert bool(result.separated)
 
 
@@ -132,7 +136,7 @@ def test_failure_is_reported():
 def test_vmap_over_step_sizes():
     x, y = (jnp.asarray(a, jnp.float32) for a in worst_case(50))
     count = lambda gamma: iterations_to_separate(logistic_rule(gamma, normalized=True), x, y, 1000).num_steps  # noqa: E731
-    gammas = jnp.array([0.1, 1.0, 100.0])
+    gammas, count = jnp.array([0.1, 1.0, 100.0]), jax.jit(count)
     assert jax.vmap(count)(gammas).tolist() == [int(count(gamma)) for gamma in gammas]
 
 
