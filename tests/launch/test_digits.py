@@ -147,6 +147,7 @@ digits.load_digits(sys.argv[1])
     assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(prepared, tmp_path):
     code = "import sys; from poise.launch.digits import load_digits; load_digits(sys.argv[1])"
     both = [

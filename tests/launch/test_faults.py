@@ -68,7 +68,7 @@ def test_killed_in_every_phase_and_stopped_by_both_signals(tmp_path, environment
 @pytest.mark.parametrize(
     ("limit", "words"),
     [
-        (1, ["metrics.jsonl", "can't be written: File too large"]),
+        pytest.param(1, ["metrics.jsonl", "can't be written: File too large"], marks=pytest.mark.slow),
         # the metrics still fit, the checkpoint of step 12 doesn't
         (8000, ["the checkpoint", "00_teacher", "File too large", "earlier checkpoints are intact"]),
     ],

@@ -151,7 +151,7 @@ def crash():
     raise Crash
 
 
-@pytest.mark.parametrize("row", [1, 5, 6, 12, 16, 21])
+@pytest.mark.parametrize("row", [1, 6, 12, 21])
 def test_a_run_that_crashed_after_any_row_ends_the_same(undisturbed, tmp_path, row):
     with pytest.raises(Crash):
         tiny.run(tmp_path, writers=[tiny.At(row, crash)])
@@ -230,7 +230,7 @@ def test_all_checkpoints_gone_is_a_fresh_start(undisturbed, tmp_path, capsys):
     assert_same_run(tmp_path, undisturbed)
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 12])
+@pytest.mark.parametrize("step", [1, 6])
 def test_nan_stops_the_run_before_it_is_saved(tmp_path, step):
     with pytest.raises(NonFiniteError, match=rf"state params/w .*after step {step} of phase 'teacher'"):
         tiny.run(tmp_path, nan_at=step)
@@ -368,6 +368,7 @@ def test_eight_devices_give_what_one_gives(undisturbed, tmp_path):
             np.testing.assert_allclose(ours.get(name, 0.0), theirs.get(name, 0.0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_other_devices(undisturbed, tmp_path):
     with pytest.raises(Crash):
         tiny.run(tmp_path, writers=[tiny.At(27, crash)], devices=jax.devices()[:4])
