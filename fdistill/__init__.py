@@ -1,5 +1,8 @@
 """One-step diffusion distillation: f-divergences, density ratios, diffusion teachers, samplers and averages."""
 
+from poise.fdistill.distill import f_distill
+from poise.fdistill.distill_config import FDistillConfig
+from poise.fdistill.distill_state import FDistillState, Optimizers, student_variables
 from poise.fdistill.divergences import (
     DIVERGENCES,
     FDivergence,
@@ -34,6 +37,8 @@ from poise.fdistill.ema import (
     std_to_exp,
     update_ema,
 )
+from poise.fdistill.exact import MixtureGradient, WeightMoments, exact_divergence, exact_gradient, weight_moments
+from poise.fdistill.generator import many_steps, one_step
 from poise.fdistill.losses import (
     GanLosses,
     approx_r1,
@@ -43,6 +48,7 @@ from poise.fdistill.losses import (
     matching_gradient,
     surrogate_loss,
 )
+from poise.fdistill.mixture import GaussianMixture
 from poise.fdistill.prediction import denoising_loss, prediction_target, x0_from_prediction
 from poise.fdistill.ratio import (
     RatioBins,
@@ -56,15 +62,23 @@ from poise.fdistill.ratio import (
 )
 from poise.fdistill.sampler import ChurnConfig, ablation_sampler, heun_sampler
 from poise.fdistill.schedule import NoiseSchedule, noise_schedule, sigma_steps, vp_betas
+from poise.fdistill.teacher import TeacherState, edm_teacher, teacher_variables
 
 __all__ = [
     "DIVERGENCES",
     "ChurnConfig",
     "EDMCoefficients",
+    "FDistillConfig",
+    "FDistillState",
     "FDivergence",
     "GanLosses",
+    "GaussianMixture",
+    "MixtureGradient",
     "NoiseSchedule",
+    "Optimizers",
     "RatioBins",
+    "TeacherState",
+    "WeightMoments",
     "ablation_sampler",
     "alpha",
     "approx_r1",
@@ -74,9 +88,13 @@ __all__ = [
     "edm2_loss",
     "edm_coefficients",
     "edm_loss",
+    "edm_teacher",
     "effective_sample_size",
     "ema_decay",
     "estimate_sigma_data",
+    "exact_divergence",
+    "exact_gradient",
+    "f_distill",
     "f_divergence",
     "f_weight",
     "fake_score_loss",
@@ -91,10 +109,12 @@ __all__ = [
     "karras_sigmas",
     "log_ratio",
     "loss_weight",
+    "many_steps",
     "matching_gradient",
     "noise_schedule",
     "normalize_log_ratio",
     "normalized_weight",
+    "one_step",
     "power_ema_decay",
     "power_function_beta",
     "prediction_target",
@@ -107,8 +127,11 @@ __all__ = [
     "skew_js",
     "solve_posthoc_coefficients",
     "std_to_exp",
+    "student_variables",
     "surrogate_loss",
+    "teacher_variables",
     "update_ema",
     "vp_betas",
+    "weight_moments",
     "x0_from_prediction",
 ]

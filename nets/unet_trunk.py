@@ -32,10 +32,13 @@ def check_images(
 
 
 def check_feature_levels(feature_levels: Sequence[int], features_only: bool, num_levels: int) -> tuple[int, ...]:
-    """Returns the distinct levels in ascending order; raises ValueError for a level outside the encoder."""
-    levels = tuple(sorted(set(feature_levels)))
-    if levels and not 0 <= levels[0] <= levels[-1] < num_levels:
-        raise ValueError(f"feature_levels must be in 0, ..., {num_levels - 1}, got {tuple(feature_levels)}")
+    """Returns the distinct levels in ascending order, negative ones counted from the coarsest.
+
+    Raises ValueError for a level outside the encoder.
+    """
+    if any(not -num_levels <= level < num_levels for level in feature_levels):
+        raise ValueError(f"feature_levels must be in -{num_levels}, ..., {num_levels - 1}, got {tuple(feature_levels)}")
+    levels = tuple(sorted({level % num_levels for level in feature_levels}))
     if features_only and not levels:
         raise ValueError("feature_levels must name at least one level when features_only is set, got ()")
     return levels
@@ -51,7 +54,7 @@ def check_augment_labels(augment_labels: Array | None, augment_dim: int) -> None
         raise ValueError(f"augment_labels must have shape [batch, {augment_dim}], got {augment_labels.shape}")
 
 
-def check_rng(module: nn.Module, name: str, rate: float, train: bool) -> None:
+def check_rng(module: nn.Module, name: str, rate: float | int, train: bool) -> None:
     """Raises ValueError if training needs a random stream that ``apply`` wasn't given."""
     if train and rate > 0 and not module.has_rng(name):
         raise ValueError(f"rngs must hold {name!r} for training with {name}={rate}: apply(..., rngs={{{name!r}: key}})")
@@ -89,13 +92,13 @@ class UNetEncoder(nn.Module):
     ) -> tuple[list[Array], list[Array]]:
         """Returns the outputs for the decoder's concatenations, and the last block's output of every level."""
         block = block_class(self.remat)
-        resampling = {"down": True, "resample_filter": self.style.resample_filter, "init": self.style.init}
+        resampling = {"down": True, "resample_filter": self.style.resample_filter, "layer_init": self.style.init}
         skips, level_outputs, aux = [], [], x
         for level, features in enumerate(self.features):
             res = self.img_resolution >> level
             name = f"{res}x{res}"
             if level == 0:
-                x = ResampleConv(self.stem_features, 3, init=self.style.init, name=f"{name}_conv")(x)
+                x = ResampleConv(self.stem_features, 3, layer_init=self.style.init, name=f"{name}_conv")(x)
             else:
                 x = block(x.shape[-1], self.style, down=True, name=f"{name}_down")(x, emb, train)
                 if self.encoder_type == "residual":
@@ -103,7 +106,7 @@ class UNetEncoder(nn.Module):
                     x = aux = (x + aux) * 0.5**0.5
                 elif self.encoder_type == "skip":
                     aux = ResampleConv(aux.shape[-1], 0, **resampling, name=f"{name}_aux_down")(aux)
-                    x = x + ResampleConv(x.shape[-1], 1, init=self.style.init, name=f"{name}_aux_skip")(aux)
+                    x = x + ResampleConv(x.shape[-1], 1, layer_init=self.style.init, name=f"{name}_aux_skip")(aux)
             skips.append(x)
             for i in range(self.num_blocks):
                 attention = res in self.attn_resolutions
@@ -163,7 +166,7 @@ class UNetDecoder(nn.Module):
                 x = block(features, self.style, attention=attention, name=f"{name}_block{i}")(x, emb, train)
             if self.out_channels and (self.decoder_type == "skip" or level == 0):
                 h = nn.silu(GroupNorm(self.style.eps, name=f"{name}_aux_norm")(x))
-                h = ResampleConv(self.out_channels, 3, init=self.style.init_zero, name=f"{name}_aux_conv")(h)
+                h = ResampleConv(self.out_channels, 3, layer_init=self.style.init_zero, name=f"{name}_aux_conv")(h)
                 if aux is not None:
                     taps = self.style.resample_filter
                     up = ResampleConv(self.out_channels, 0, up=True, resample_filter=taps, name=f"{name}_aux_up")
