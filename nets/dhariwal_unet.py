@@ -104,7 +104,8 @@ class DhariwalUNet(nn.Module):
           class_labels: indices ``[B]`` or label vectors ``[B, label_dim]``; None is a zero vector.
           augment_labels: ``[B, augment_dim]``; None is a zero vector.
           train: whether dropout and label dropout act.
-          feature_levels: levels of the encoder (0 is full resolution) whose last block's output is wanted.
+          feature_levels: levels of the encoder (0 is full resolution, -1 the coarsest) whose last block's output is
+            wanted.
           features_only: whether to leave out the decoder.
 
         Returns:
@@ -179,5 +180,5 @@ class DhariwalUNet(nn.Module):
             return taps
         decoder = UNetDecoder(self.img_resolution, *trunk, attn_every_block=True, remat=self.remat, name="dec")
         out = nn.silu(GroupNorm(style.eps, name="out_norm")(decoder(skips, emb, train)))
-        out = ResampleConv(self.out_channels, 3, init=zero, name="out_conv")(out)
+        out = ResampleConv(self.out_channels, 3, layer_init=zero, name="out_conv")(out)
         return (out, taps) if levels else out

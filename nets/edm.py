@@ -32,7 +32,9 @@ class EDMCoefficients(NamedTuple):
 
 
 def edm_coefficients(
-    sigma: Float[Array, "*batch"], sigma_data: float | int = 0.5, sigma_min: float | int = 0
+    sigma: Float[Array, "*batch"],
+    sigma_data: float | int | Float[Array, ""] = 0.5,
+    sigma_min: float | int | Float[Array, ""] = 0,
 ) -> EDMCoefficients:
     r"""EDM: unit variance of input and training target, and as little amplification of errors as possible.
 
@@ -271,7 +273,8 @@ class EDMPrecond(nn.Module):
           class_labels: indices ``[B]`` or label vectors ``[B, label_dim]``; None is a zero vector.
           augment_labels: ``[B, augment_dim]``; None is a zero vector.
           train: whether dropout acts; it needs the rng ``dropout``.
-          feature_levels: levels of the encoder (0 is full resolution) whose last block's output is wanted.
+          feature_levels: levels of the encoder (0 is full resolution, -1 the coarsest) whose last block's output is
+            wanted.
           features_only: whether to leave out the decoder.
 
         Returns:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ class LayerInit:
     The kernel is ``gain`` times a unit draw, the bias ``bias_gain`` times a unit draw with the fans of its layer.
 
     Attributes:
-      mode: the name of the unit draw.
+      mode: the unit draw: ``"xavier_uniform"``, ``"kaiming_uniform"`` or ``"kaiming_normal"``.
       gain: factor of the kernel; 0 gives exact zeros.
       bias_gain: factor of the bias; 0 gives exact zeros.
 
@@ -40,7 +39,7 @@ class LayerInit:
       True
     """
 
-    mode: Literal["xavier_uniform", "kaiming_uniform", "kaiming_normal"] = "xavier_uniform"
+    mode: str = "xavier_uniform"
     gain: float | int = 1
     bias_gain: float | int = 0
 

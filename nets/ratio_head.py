@@ -1,7 +1,7 @@
 """A small head that estimates log density ratios from the features of a diffusion network."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ class RatioHead(nn.Module):
     hidden: Sequence[int] = (128, 128)
     label_dim: int = 0
     noise_channels: int = 32
-    pooling: Literal["flatten", "mean"] = "flatten"
+    pooling: str = "flatten"
     dtype: Any = None
 
     @nn.compact

@@ -129,7 +129,7 @@ class ResampleConv(nn.Module):
       down: halve the resolution.
       resample_filter: taps of the separable resampling filter.
       fused: use the fused order.
-      init: how kernel and bias are drawn.
+      layer_init: how kernel and bias are drawn.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -149,7 +149,7 @@ class ResampleConv(nn.Module):
     down: bool = False
     resample_filter: Sequence[float | int] = (1, 1)
     fused: bool = False
-    init: LayerInit = _XAVIER
+    layer_init: LayerInit = _XAVIER
 
     @nn.compact
     def __call__(
@@ -167,9 +167,9 @@ class ResampleConv(nn.Module):
             return self._resample(x)
         w_pad, f_pad = self.kernel_size // 2, (len(self.resample_filter) - 1) // 2
         kernel_shape = (self.kernel_size, self.kernel_size, channels, self.features)
-        kernel = self.param("kernel", self.init.kernel(), kernel_shape)
+        kernel = jnp.asarray(self.param("kernel", self.layer_init.kernel(), kernel_shape), x.dtype)
         area = self.kernel_size**2
-        bias = self.param("bias", self.init.bias(channels * area, self.features * area), (self.features,))
+        bias = self.param("bias", self.layer_init.bias(channels * area, self.features * area), (self.features,))
         if self.fused and self.up:
             x = _convolve(self._resample(x, max(f_pad - w_pad, 0)), kernel, max(w_pad - f_pad, 0))
         elif self.fused and self.down:
@@ -185,10 +185,9 @@ class ResampleConv(nn.Module):
 
 
 def _convolve(x: Array, kernel: Array, padding: int) -> Array:
-    if (
-        kernel.shape[0] == 1 and padding == 0
-    ):  # a matrix product is faster than a convolution on CPU, backward above all
-        return x @ kernel[0, 0].astype(x.dtype)
+    if kernel.shape[0] == 1 and padding == 0:  # on CPU a matrix product is faster, above all backward
+        return x @ kernel[0, 0]
+    dimension_numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(
-        x, kernel.astype(x.dtype), (1, 1), [(padding, padding)] * 2, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (1, 1), [(padding, padding)] * 2, dimension_numbers=dimension_numbers
     )

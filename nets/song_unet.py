@@ -111,7 +111,8 @@ class SongUNet(nn.Module):
           class_labels: indices ``[B]`` or label vectors ``[B, label_dim]``; None is a zero vector.
           augment_labels: ``[B, augment_dim]``; None is a zero vector.
           train: whether dropout and label dropout act.
-          feature_levels: levels of the encoder (0 is full resolution) whose last block's output is wanted.
+          feature_levels: levels of the encoder (0 is full resolution, -1 the coarsest) whose last block's output is
+            wanted.
           features_only: whether to leave out the decoder.
 
         Returns:

@@ -164,7 +164,7 @@ class UNetBlock(nn.Module):
         style = self.style
         resampling = {"up": self.up, "down": self.down, "resample_filter": style.resample_filter}
         h = nn.silu(GroupNorm(style.eps, name="norm0")(x))
-        h = ResampleConv(self.features, 3, **resampling, init=style.init, name="conv0")(h)
+        h = ResampleConv(self.features, 3, **resampling, layer_init=style.init, name="conv0")(h)
         affine_features = self.features * (2 if style.adaptive_scale else 1)
         p = nn.Dense(
             affine_features,
@@ -181,17 +181,17 @@ class UNetBlock(nn.Module):
         else:
             h = nn.silu(norm1(h + p))
         h = nn.Dropout(style.dropout, deterministic=not train)(h)
-        h = ResampleConv(self.features, 3, init=style.init_zero, name="conv1")(h)
+        h = ResampleConv(self.features, 3, layer_init=style.init_zero, name="conv1")(h)
         new_width = x.shape[-1] != self.features
         if new_width or self.up or self.down:
             kernel_size = 1 if new_width or style.resample_proj else 0
-            x = ResampleConv(self.features, kernel_size, **resampling, init=style.init, name="skip")(x)
+            x = ResampleConv(self.features, kernel_size, **resampling, layer_init=style.init, name="skip")(x)
         x = (h + x) * style.skip_scale
         num_heads = style.num_heads(self.features) if self.attention else 0
         if num_heads:
             h = GroupNorm(style.eps, name="norm2")(x)
-            h = ResampleConv(3 * self.features, 1, init=style.init_attention, name="qkv")(h)
+            h = ResampleConv(3 * self.features, 1, layer_init=style.init_attention, name="qkv")(h)
             h = pixel_attention(h, num_heads)
-            h = ResampleConv(self.features, 1, init=style.init_zero, name="proj")(h)
+            h = ResampleConv(self.features, 1, layer_init=style.init_zero, name="proj")(h)
             x = (h + x) * style.skip_scale
         return x
