@@ -22,6 +22,7 @@ from poise.optim.normalized_gd import (
 )
 from poise.optim.perceptron import batch_perceptron, batch_perceptron_rule, perceptron_rule
 from poise.optim.projection import adamp_view, project_radial
+from poise.optim.prox import ApplyProxState, apply_prox
 from poise.optim.sgdp import ScaleBySgdpState, scale_by_sgdp, sgdp
 from poise.optim.sso import (
     SSO,
@@ -33,9 +34,19 @@ from poise.optim.sso import (
     target_line_search,
     target_surrogate,
 )
+from poise.optim.wgsef import (
+    WGSEFPenalty,
+    WGSEFRule,
+    prox_wgsef,
+    wgsef,
+    wgsef_conjugate,
+    wgsef_penalty,
+    wgsef_top_k_mask,
+)
 
 __all__ = [
     "SSO",
+    "ApplyProxState",
     "Armijo",
     "ArmijoInfo",
     "ChannelAxes",
@@ -49,8 +60,11 @@ __all__ = [
     "ScaleBySgdpState",
     "Separation",
     "TargetLineSearch",
+    "WGSEFPenalty",
+    "WGSEFRule",
     "adamp",
     "adamp_view",
+    "apply_prox",
     "armijo_gradient_descent",
     "batch_perceptron",
     "batch_perceptron_rule",
@@ -74,6 +88,7 @@ __all__ = [
     "path_of_rule",
     "perceptron_rule",
     "project_radial",
+    "prox_wgsef",
     "scale_by_adamp",
     "scale_by_lion_kappa",
     "scale_by_sgdp",
@@ -82,4 +97,8 @@ __all__ = [
     "sso_step",
     "target_line_search",
     "target_surrogate",
+    "wgsef",
+    "wgsef_conjugate",
+    "wgsef_penalty",
+    "wgsef_top_k_mask",
 ]
