@@ -6,6 +6,7 @@ from poise.optim.armijo import Armijo, ArmijoInfo, armijo_gradient_descent
 from poise.optim.channel_axes import ChannelAxes, flax_channel_axes
 from poise.optim.compander import CompandedParams, Compander, companded_scales, compander
 from poise.optim.companding import companding, companding_bound, companding_grad, companding_inverse
+from poise.optim.gradient_average import AverageGradientsState, average_gradients
 from poise.optim.kappas import Kappa
 from poise.optim.linear_rules import LinearRule, Separation, iterations_to_separate, path_of_rule
 from poise.optim.lion_kappa import lion_kappa, scale_by_lion_kappa
@@ -14,6 +15,7 @@ from poise.optim.lion_kappa_diagnostics import (
     lion_kappa_lyapunov,
     lion_kappa_stationarity_gap,
 )
+from poise.optim.meco import MecoState, effective_sample_size, meco_init, meco_loss, nce_loss
 from poise.optim.normalized_gd import (
     logistic_gd,
     logistic_rule,
@@ -49,11 +51,13 @@ __all__ = [
     "ApplyProxState",
     "Armijo",
     "ArmijoInfo",
+    "AverageGradientsState",
     "ChannelAxes",
     "CompandedParams",
     "Compander",
     "Kappa",
     "LinearRule",
+    "MecoState",
     "SSOInfo",
     "SSOState",
     "ScaleByAdamPState",
@@ -66,6 +70,7 @@ __all__ = [
     "adamp_view",
     "apply_prox",
     "armijo_gradient_descent",
+    "average_gradients",
     "batch_perceptron",
     "batch_perceptron_rule",
     "companded_scales",
@@ -74,6 +79,7 @@ __all__ = [
     "companding_bound",
     "companding_grad",
     "companding_inverse",
+    "effective_sample_size",
     "flax_channel_axes",
     "iterations_to_separate",
     "kappas",
@@ -83,6 +89,9 @@ __all__ = [
     "lion_kappa_stationarity_gap",
     "logistic_gd",
     "logistic_rule",
+    "meco_init",
+    "meco_loss",
+    "nce_loss",
     "normalized_logistic_loss",
     "normalized_logistic_weights",
     "path_of_rule",
