@@ -17,7 +17,17 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from poise.optim import adamp, kappas, lion_kappa, scale_by_adamp, scale_by_lion_kappa, scale_by_sgdp, sgdp
+from poise.optim import (
+    adamp,
+    apply_prox,
+    average_gradients,
+    kappas,
+    lion_kappa,
+    scale_by_adamp,
+    scale_by_lion_kappa,
+    scale_by_sgdp,
+    sgdp,
+)
 
 
 class Case(NamedTuple):
@@ -43,6 +53,15 @@ class Case(NamedTuple):
         return optax.chain(self.factory(**self.options), optax.scale_by_learning_rate(learning_rate))
 
 
+def proximal_sgd(learning_rate):
+    """Momentum, ending in the proximal map of a slight ridge."""
+
+    def ridge(params, step_size):
+        return jax.tree.map(lambda p: (p / (1 + 1e-4 * step_size)).astype(p.dtype), params)
+
+    return optax.chain(sgdp(learning_rate, momentum=0.9), apply_prox(ridge, learning_rate))
+
+
 NUCLEAR = kappas.nuclear(fallback=kappas.sign())
 CASES = {
     "lion_kappa": Case(lion_kappa),
@@ -52,6 +71,8 @@ CASES = {
     "adamp": Case(adamp, dict(weight_decay=1e-3), rate=0.1),
     "scale_by_adamp": Case(scale_by_adamp, dict(nesterov=True), rate=0.1, takes_rate=False),
     "sgdp": Case(sgdp, dict(momentum=0.9, nesterov=True, weight_decay=1e-4), rate=2e-3),
+    "apply_prox": Case(proximal_sgd, rate=2e-3),
+    "average_gradients": Case(average_gradients, dict(beta=0.1), rate=2e-2, takes_rate=False),
     "scale_by_sgdp": Case(scale_by_sgdp, dict(momentum=0.9, dampening=0.1), rate=2e-3, takes_rate=False),
 }
 
