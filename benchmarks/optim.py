@@ -173,8 +173,8 @@ def measure(entries: dict[str, Callable | None], size: int, leaves: int, seconds
         contestant.run(1)
         steps[name] = max(1, int(seconds / rounds / (time.perf_counter() - start)))
     times = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, contestant in contestants.items():
+    for turn in range(rounds):
+        for name, contestant in list(contestants.items())[:: -1 if turn % 2 else 1]:
             start = time.perf_counter()
             contestant.run(steps[name])
             times[name].append((time.perf_counter() - start) / steps[name])

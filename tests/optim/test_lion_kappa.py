@@ -1,6 +1,8 @@
 """Lion-kappa: official trajectories, the optimizers it contains, invariances, dtypes and bad input."""
 
+import importlib.util
 import json
+import pathlib
 
 import hypothesis
 import hypothesis.strategies as st
@@ -300,6 +302,28 @@ def test_region_analysis_makes_a_donated_step_work_in_place_with_the_same_number
     in_place = lowered.compile({"xla_cpu_copy_insertion_use_region_analysis": True})
     assert in_place.memory_analysis().temp_size_in_bytes == 0
     assert_identical(in_place(*jax.tree.map(jnp.copy, arguments)), plain(*jax.tree.map(jnp.copy, arguments)))
+
+
+@pytest.mark.effects
+def test_effect_of_the_box_on_the_digits():
+    """Weights end in the box, many of them at its boundary, and too small a box hurts; five seeds each."""
+    script = pathlib.Path(__file__).parents[2] / "docs" / "effects" / "lion_kappa_box.py"
+    spec = importlib.util.spec_from_file_location("lion_kappa_box", script)
+    box = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(box)
+    runs = box.experiment()
+    decays = np.array(box.DECAYS)[:, None, None]
+    distance, steps = runs["log"]["violation"], box.EVERY * np.arange(runs["log"]["loss"].shape[-1])
+    assert (distance <= distance[..., :1] * (1 - box.RATE * decays) ** steps + 1e-6).all()
+    assert (runs["scaled_maximum"] > 0.99).all()
+    assert (runs["scaled_maximum"] < 1 + 1e-5).all()
+    assert (runs["near_boundary"].min(1) > [0.3, 0.25, 0.7]).all()
+    assert (runs["test_accuracy"].mean(1) > [0.95, 0.95, 0.2]).all()
+    assert runs["test_accuracy"][2].max() < 0.6
+    assert (np.diff(runs["log"]["loss"][..., -1].mean(1)) > 0).all()  # a smaller box holds worse minima
+    falls = box.experiment(steps=300, descent=True)["log"]["lyapunov"]
+    assert (falls[..., -1] < falls[..., 0]).all()
+    assert np.diff(falls, axis=-1).max() < 0.01
 
 
 @pytest.mark.parametrize(
