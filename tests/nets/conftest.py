@@ -13,7 +13,8 @@ from poise.nets import DhariwalUNet, EDMPrecond, SongUNet
 @pytest.fixture(scope="session")
 def quick_jit():
     """`jax.jit` that spends less time on optimizing: these programs run once or twice."""
-    return functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return functools.partial(jax.jit, compiler_options=options)
 
 
 @pytest.fixture(scope="session")

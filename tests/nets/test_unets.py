@@ -59,7 +59,7 @@ def run(path):
                     results[f"D_{name}"] = other.apply(variables, x, sigma, labels, augment)
             return results
 
-        options = {"xla_backend_optimization_level": 0}
+        options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # quick to compile
         with jax.default_matmul_precision("highest"):
             results = jax.jit(compute, compiler_options=options)(variables, x, nhwc(arrays["cotangent"]))
     return SimpleNamespace(arrays=arrays, config=config, **results)
