@@ -52,6 +52,17 @@ class Restored(NamedTuple):
     seconds: dict[str, float]
 
 
+MakeFrozen = Callable[[int, Restored | None], Sequence[jax.Array]]
+
+
+class _Reader(NamedTuple):
+    """How leaves are read: see :meth:`CheckpointStore.restore_newest`."""
+
+    layouts: tuple[Layout, ...]
+    sharding: Any
+    make_frozen: MakeFrozen | None
+
+
 class CheckpointStore:
     """A run's checkpoints: ``<directory>/00_teacher/<step>``, frozen leaves once in ``<directory>/frozen/<digest>``.
 
@@ -93,66 +104,91 @@ class CheckpointStore:
 
     # Reading
 
-    def restore_newest(self, layouts: Sequence[Layout], sharding: Any) -> Restored | None:
+    def restore_newest(
+        self, layouts: Sequence[Layout], sharding: Any, make_frozen: MakeFrozen | None = None
+    ) -> Restored | None:
         """The newest checkpoint that can be read, or None where the run must start afresh.
 
         A damaged checkpoint is put aside under ``damaged/``, with a note, and the one before it is tried, back to the
-        end of the phase before and so on.
+        end of the phase before and so on. Damaged frozen leaves are made again where that gives the very same bits.
 
         Args:
           layouts: of every phase's state.
           sharding: of every leaf.
+          make_frozen: ``(phase, the end of the phase before, or None for the first) -> frozen leaves`` that the phase
+            starts with.
 
         Raises:
           CheckpointError: if a checkpoint is in order but belongs to another run: other phases, another seed, or states
             of another shape. Nothing is put aside then.
         """
+        reader = _Reader(tuple(layouts), sharding, make_frozen)
         with quiet_orbax():
-            return self._restore_newest(layouts, sharding)
+            self._clean()
+            self._check_phases()
+            return self._restore_newest(reader)
 
-    def _restore_newest(self, layouts: Sequence[Layout], sharding: Any) -> Restored | None:
-        self._clean()
+    def _check_phases(self) -> None:
         known = {folder.name for folder in self._folders}
         for path in sorted(self.directory.glob("[0-9][0-9]*_*")):
             if path.is_dir() and path.name not in known:
                 names = ", ".join(name for name, _ in self._phases)
                 raise CheckpointError(f"{path} holds a phase that this run has not (its phases are {names})")
+
+    def _restore_newest(self, reader: _Reader) -> Restored | None:
         passed_over = False
         for phase in reversed(range(len(self._phases))):
             for step in saved_steps(self._folders[phase]):
-                path = self.path(phase, step)
                 try:
-                    restored = self._restore(path, phase, step, layouts[phase], sharding)
+                    return self._restore(reader, phase, step)
                 except Damaged as error:
+                    path = self.path(phase, step)
                     self._put_aside(path)
                     self._log(f"warning: the checkpoint {path} is damaged and was passed over: {error}")
                     passed_over = True
-                    continue
-                return restored
         if passed_over:
             self._log("warning: no checkpoint could be read; the run starts afresh")
         return None
 
-    def _restore(self, path: pathlib.Path, phase: int, step: int, layout: Layout, sharding: Any) -> Restored:
+    def _restore(self, reader: _Reader, phase: int, step: int) -> Restored:
+        path, layout = self.path(phase, step), reader.layouts[phase]
         meta = read_meta(path)
         self._check_same_run(path, meta, phase, step)
         manifest = matching(path, meta["leaves"], layout.live_names, layout.abstract_live)
+        live = read_leaves(path, manifest, layout.abstract_live, reader.sharding)
         frozen: tuple[jax.Array, ...] = ()
         if layout.frozen_names:
-            frozen = self._restore_frozen(frozen_home(self.directory, meta), layout, sharding)
-        live = read_leaves(path, manifest, layout.abstract_live, sharding)
+            frozen = self._restore_frozen(reader, phase, frozen_home(self.directory, meta))
         return Restored(phase, step, live, frozen, dict(meta["seconds"]))
 
-    def _restore_frozen(self, home: pathlib.Path, layout: Layout, sharding: Any) -> tuple[jax.Array, ...]:
+    def _restore_frozen(self, reader: _Reader, phase: int, home: pathlib.Path) -> tuple[jax.Array, ...]:
+        layout = reader.layouts[phase]
         try:
             manifest = read_frozen_manifest(home)
             manifest = matching(home, manifest, layout.frozen_names, layout.abstract_frozen)
-            frozen = read_leaves(home, manifest, layout.abstract_frozen, sharding)
+            frozen = read_leaves(home, manifest, layout.abstract_frozen, reader.sharding)
         except Damaged as error:
             self._put_aside(home)
-            raise Damaged(f"its frozen part {home} can't be read: {error}") from error
+            frozen = self._make_frozen(reader, phase)
+            if self._name_of(layout, frozen) != home.name:
+                raise Damaged(f"its frozen part {home} can't be read: {error}") from error
+            self._log(f"warning: {home} is damaged; the same leaves were made again: {error}")
+            self._save_frozen(layout, frozen)
         self._frozen = (frozen, home.name)
         return frozen
+
+    def _make_frozen(self, reader: _Reader, phase: int) -> tuple[jax.Array, ...]:
+        """What the phase starts with, from the end of the one before; nothing where that is damaged, too."""
+        previous = None
+        if phase:
+            steps = saved_steps(self._folders[phase - 1])
+            if not steps:
+                return ()
+            try:
+                previous = self._restore(reader, phase - 1, steps[0])
+            except Damaged:
+                return ()
+        return () if reader.make_frozen is None else tuple(reader.make_frozen(phase, previous))
 
     def _check_same_run(self, path: pathlib.Path, meta: Mapping[str, Any], phase: int, step: int) -> None:
         if (meta["phase"], meta["step"]) != (self._phases[phase][0], step):
@@ -211,6 +247,7 @@ class CheckpointStore:
         path = self.path(phase, step)
         self.wait()
         with _saving(path):
+            manager = self._open(phase)
             meta = {
                 "format": FORMAT,
                 "phase": self._phases[phase][0],
@@ -221,14 +258,20 @@ class CheckpointStore:
                 "frozen": self._save_frozen(layout, tuple(frozen)) if frozen else None,
                 "leaves": describe(layout.live_paths, live, digests(live)),
             }
-            self._open(phase).save(step, args=save_args(layout.live_names, live, meta), force=True)
+            manager.save(step, args=save_args(layout.live_names, live, meta), force=True)
+
+    @staticmethod
+    def _manifest_of(layout: Layout, frozen: Sequence[jax.Array]) -> list[dict[str, Any]]:
+        return describe(layout.frozen_paths, frozen, digests(frozen)) if frozen else []
+
+    def _name_of(self, layout: Layout, frozen: Sequence[jax.Array]) -> str:
+        return content_hash(self._manifest_of(layout, frozen))[:32]
 
     def _save_frozen(self, layout: Layout, frozen: tuple[jax.Array, ...]) -> str:
         if self._frozen is not None and [*map(id, self._frozen[0])] == [*map(id, frozen)]:
             return self._frozen[1]
-        manifest = describe(layout.frozen_paths, frozen, digests(frozen))
-        name = content_hash(manifest)[:32]
-        path = self.directory / "frozen" / name
+        manifest = self._manifest_of(layout, frozen)
+        path = self.directory / "frozen" / content_hash(manifest)[:32]
         if path.exists():
             try:  # from before; what refers to it from now on shall find it whole
                 read_leaves(path, read_frozen_manifest(path), layout.abstract_frozen, frozen[0].sharding)
@@ -239,8 +282,8 @@ class CheckpointStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             with checkpointer() as writer:
                 writer.save(path, args=save_args(layout.frozen_names, frozen, {"format": FORMAT, "leaves": manifest}))
-        self._frozen = (frozen, name)
-        return name
+        self._frozen = (frozen, path.name)
+        return path.name
 
     def _open(self, phase: int) -> ocp.CheckpointManager:
         if self._manager is None or self._manager_phase != phase:

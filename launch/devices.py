@@ -44,6 +44,7 @@ class Placement:
         # Auto: the compiler decides how values between are laid out; algorithms say nothing about devices.
         self.mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
         self.num_devices = len(chosen)
+        self.platform = chosen[0].platform
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
 
     def batch_sharding(self, batch_axis: int) -> NamedSharding:

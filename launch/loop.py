@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, PRNGKeyArray
 
 from poise.core import State, step_key
 from poise.launch.checkpoint import CheckpointStore, Restored
@@ -198,7 +198,12 @@ class _Run:
         for phase in self.phases:
             programs.append(Program(phase, programs[-1].layout if programs else None, self.placement))
         layouts = [program.layout for program in programs]
-        restored = self.store.restore_newest(layouts, self.placement.replicated)
+
+        def make_frozen(index: int, previous: Restored | None) -> Sequence[Any]:
+            state = None if previous is None else layouts[index - 1].merge(previous.live, previous.frozen)
+            return programs[index].begin(state, self.init_key(index))[1]
+
+        restored = self.store.restore_newest(layouts, self.placement.replicated, make_frozen)
         origin = None if restored is None else (self.phases[restored.phase].name, restored.step)
         for writer in self.writers:
             writer.begin([phase.name for phase in self.phases], origin)
@@ -215,6 +220,9 @@ class _Run:
         self.store.close()
         return FitResult(self.state, dict(self.seconds), self.steps_trained, origin)
 
+    def init_key(self, index: int) -> PRNGKeyArray:
+        return step_key(self.seed, _INIT + index, 0)
+
     def one_phase(self, index: int, program: Program, restored: Restored | None) -> None:
         """Takes ``state``, the finished one of the phase before, and leaves this phase's there."""
         phase, layout = program.phase, program.layout
@@ -222,7 +230,7 @@ class _Run:
             self.leave(f"before the first step of phase {phase.name!r}")
         self.timing.start(phase.name, self.seconds.get(phase.name, 0.0))
         if restored is None:
-            live, frozen = program.begin(self.state, step_key(self.seed, _INIT + index, 0))
+            live, frozen = program.begin(self.state, self.init_key(index))
             done, saved = 0, -1
         else:
             live, frozen, done = restored.live, restored.frozen, restored.step

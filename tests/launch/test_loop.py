@@ -219,6 +219,18 @@ def test_a_damaged_newest_checkpoint_costs_only_the_steps_since(undisturbed, tmp
     assert_same_run(tmp_path, undisturbed)
 
 
+def test_a_damaged_frozen_part_is_made_again(undisturbed, tmp_path, capsys):
+    with pytest.raises(Crash):
+        tiny.run(tmp_path, writers=[tiny.At(27, crash)])
+    (frozen,) = (tmp_path / "checkpoints" / "frozen").iterdir()
+    for file in frozen.rglob("*"):
+        if file.is_file():
+            file.write_bytes(file.read_bytes()[:-1])
+    assert tiny.run(tmp_path).restored == ("student", 5)
+    assert f"{frozen} is damaged; the same leaves were made again" in capsys.readouterr().err
+    assert_same_run(tmp_path, undisturbed)
+
+
 def test_all_checkpoints_gone_is_a_fresh_start(undisturbed, tmp_path, capsys):
     with pytest.raises(Crash):
         tiny.run(tmp_path, writers=[tiny.At(10, crash)])
