@@ -4,8 +4,8 @@ import difflib
 import re
 from collections.abc import Callable
 
-from poise.fdistill.f_divergence import FDivergence, f_divergence, f_weight, scale
-from poise.fdistill.from_function import from_function
+from poise.fdistill.custom_divergences import from_function
+from poise.fdistill.divergence_type import FDivergence, f_divergence, f_weight, scale
 from poise.fdistill.named_divergences import NAMED, alpha, skew_js
 
 __all__ = [

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from poise.fdistill.f_divergence import FDivergence, f_divergence
+from poise.fdistill.divergence_type import FDivergence, f_divergence
 from poise.fdistill.mixture import GaussianMixture, Level
 
 _REACH = 9.0  # standard deviations to each side; the mass beyond is 2e-19

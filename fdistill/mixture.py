@@ -1,6 +1,8 @@
 """Gaussian mixtures, on which densities, scores and denoisers are exact at every noise level."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,6 +12,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from poise.fdistill.checks import at_least_float32, check_range, is_concrete
 
+Pointwise = Callable[..., Array]
 Level = Float[Array, "..."] | float | int
 
 
@@ -61,7 +64,7 @@ class GaussianMixture(NamedTuple):
         Raises:
           ValueError: if shapes don't fit, weights don't sum to 1, a scale isn't positive, or a level is negative.
         """
-        return self._map(lambda x, s: jax.nn.logsumexp(self._joint(x, s)), x, sigma)
+        return self._evaluate(_log_prob, x, sigma)
 
     def responsibilities(self, x: Float[Array, "*batch dim"], sigma: Level = 0.0) -> Float[Array, "*batch components"]:
         r"""$\gamma_k(x)$, the probability that a point came from each component.
@@ -76,7 +79,7 @@ class GaussianMixture(NamedTuple):
         Raises:
           ValueError: as :meth:`log_prob`.
         """
-        return self._map(lambda x, s: jax.nn.softmax(self._joint(x, s)), x, sigma)
+        return self._evaluate(_responsibilities, x, sigma)
 
     def score(self, x: Float[Array, "*batch dim"], sigma: Level = 0.0) -> Float[Array, "*batch dim"]:
         r"""$\nabla\log q_\sigma(x) = \sum_k \gamma_k (\Sigma_k+\sigma^2 I)^{-1}(\mu_k - x)$.
@@ -91,11 +94,7 @@ class GaussianMixture(NamedTuple):
         Raises:
           ValueError: as :meth:`log_prob`.
         """
-
-        def one(x, s):
-            return jax.nn.softmax(self._joint(x, s)) @ self._pull(x, s)
-
-        return self._map(one, x, sigma)
+        return self._evaluate(_score, x, sigma)
 
     def denoise(self, x: Float[Array, "*batch dim"], sigma: Level) -> Float[Array, "*batch dim"]:
         r"""$E[x_0 \mid x_\sigma = x] = x + \sigma^2\nabla\log q_\sigma(x)$, the ideal denoiser.
@@ -110,16 +109,7 @@ class GaussianMixture(NamedTuple):
         Raises:
           ValueError: as :meth:`log_prob`.
         """
-
-        def one(x, s):
-            gamma = jax.nn.softmax(self._joint(x, s))
-            if self.isotropic:
-                variance = (self.covs**2)[:, None]
-                return gamma @ ((variance * x + s**2 * self.means) / (variance + s**2))
-            # mu - Sigma (Sigma + s^2)^-1 (mu - x), without the cancellation of x + s^2 score at high noise
-            return gamma @ (self.means - jnp.einsum("kij,kj->ki", self.covs, self._pull(x, s)))
-
-        return self._map(one, x, sigma)
+        return self._evaluate(_denoise, x, sigma)
 
     def sample(self, key: PRNGKeyArray, num: int, sigma: Level = 0.0) -> Float[Array, "{num} dim"]:
         """Draws points.
@@ -140,7 +130,7 @@ class GaussianMixture(NamedTuple):
         pick, inner, outer = jax.random.split(key, 3)
         dim, dtype = self.means.shape[1], at_least_float32(self.means).dtype
         self._check((num, dim), sigma)
-        component = jax.random.categorical(pick, self._log_weights(), shape=(num,))
+        component = jax.random.categorical(pick, _log_weights(self), shape=(num,))
         z = jax.random.normal(inner, (num, dim), dtype)
         if self.isotropic:
             offset = self.covs[component][:, None] * z
@@ -151,45 +141,14 @@ class GaussianMixture(NamedTuple):
         noise = jnp.asarray(sigma, dtype).reshape(-1, 1) * jax.random.normal(outer, (num, dim), dtype)
         return self.means[component] + offset + noise
 
-    def _log_weights(self) -> Array:
-        weights = at_least_float32(self.weights)
-        return jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
-
-    def _cholesky(self, s: Array) -> Array:
-        return jnp.linalg.cholesky(self.covs + s**2 * jnp.eye(self.means.shape[1], dtype=self.covs.dtype))
-
-    def _joint(self, x: Array, s: Array) -> Array:
-        """Log of weight times component density, at one point."""
-        offset = self.means - x
-        dim = x.shape[0]
-        if self.isotropic:
-            variance = self.covs**2 + s**2
-            squares, log_det = jnp.sum(offset**2, axis=1) / variance, dim * jnp.log(variance)
-        else:
-            root = self._cholesky(s)
-            white = jax.vmap(lambda l, b: jax.scipy.linalg.solve_triangular(l, b, lower=True))(root, offset)
-            squares = jnp.sum(white**2, axis=1)
-            log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=1, axis2=2)), axis=1)
-        return self._log_weights() - 0.5 * (squares + log_det + dim * math.log(2.0 * math.pi))
-
-    def _pull(self, x: Array, s: Array) -> Array:
-        """Every component's own score at one point."""
-        offset = self.means - x
-        if self.isotropic:
-            return offset / (self.covs**2 + s**2)[:, None]
-        return jax.vmap(lambda l, b: jax.scipy.linalg.cho_solve((l, True), b))(self._cholesky(s), offset)
-
-    def _map(self, function, x: Array, sigma: Level) -> Array:
+    def _evaluate(self, pointwise: Pointwise, x: Array, sigma: Level) -> Array:
         self._check(x.shape, sigma)
         x = at_least_float32(x)
         x = x.astype(jnp.promote_types(x.dtype, self.means.dtype))
         batch = x.shape[:-1]
-        flat = x.reshape(-1, x.shape[-1])
         sigma = jnp.asarray(sigma, x.dtype)
-        if sigma.size == 1:
-            out = jax.vmap(function, in_axes=(0, None))(flat, sigma.reshape(()))
-        else:
-            out = jax.vmap(function)(flat, jnp.broadcast_to(sigma, batch).reshape(-1))
+        sigma = sigma.reshape(()) if sigma.size == 1 else jnp.broadcast_to(sigma, batch).reshape(-1)
+        out = _over_points(pointwise, self, x.reshape(-1, x.shape[-1]), sigma)
         return out.reshape(*batch, *out.shape[1:])
 
     def _check(self, shape: tuple[int, ...], sigma: Level) -> None:
@@ -209,3 +168,60 @@ class GaussianMixture(NamedTuple):
             raise ValueError(f"weights must sum to 1, got {float(np.asarray(self.weights, np.float64).sum())}")
         if self.isotropic:
             check_range("covs (standard deviations)", self.covs, low=0.0)
+
+
+def _log_weights(gm: GaussianMixture) -> Array:
+    weights = at_least_float32(gm.weights)
+    return jnp.where(weights > 0, jnp.log(jnp.where(weights > 0, weights, 1.0)), -jnp.inf)
+
+
+def _cholesky(gm: GaussianMixture, s: Array) -> Array:
+    return jnp.linalg.cholesky(gm.covs + s**2 * jnp.eye(gm.means.shape[1], dtype=gm.covs.dtype))
+
+
+def _joint(gm: GaussianMixture, x: Array, s: Array) -> Array:
+    """Log of weight times component density, at one point."""
+    offset, dim = gm.means - x, x.shape[0]
+    if gm.isotropic:
+        variance = gm.covs**2 + s**2
+        squares, log_det = jnp.sum(offset**2, axis=1) / variance, dim * jnp.log(variance)
+    else:
+        root = _cholesky(gm, s)
+        white = jax.vmap(lambda l, b: jax.scipy.linalg.solve_triangular(l, b, lower=True))(root, offset)
+        squares = jnp.sum(white**2, axis=1)
+        log_det = 2.0 * jnp.sum(jnp.log(jnp.diagonal(root, axis1=1, axis2=2)), axis=1)
+    return _log_weights(gm) - 0.5 * (squares + log_det + dim * math.log(2.0 * math.pi))
+
+
+def _pull(gm: GaussianMixture, x: Array, s: Array) -> Array:
+    """Every component's own score at one point."""
+    offset = gm.means - x
+    if gm.isotropic:
+        return offset / (gm.covs**2 + s**2)[:, None]
+    return jax.vmap(lambda l, b: jax.scipy.linalg.cho_solve((l, True), b))(_cholesky(gm, s), offset)
+
+
+def _log_prob(gm: GaussianMixture, x: Array, s: Array) -> Array:
+    return jax.nn.logsumexp(_joint(gm, x, s))
+
+
+def _responsibilities(gm: GaussianMixture, x: Array, s: Array) -> Array:
+    return jax.nn.softmax(_joint(gm, x, s))
+
+
+def _score(gm: GaussianMixture, x: Array, s: Array) -> Array:
+    return _responsibilities(gm, x, s) @ _pull(gm, x, s)
+
+
+def _denoise(gm: GaussianMixture, x: Array, s: Array) -> Array:
+    gamma = _responsibilities(gm, x, s)
+    if gm.isotropic:
+        variance = (gm.covs**2)[:, None]
+        return gamma @ ((variance * x + s**2 * gm.means) / (variance + s**2))
+    # mu - Sigma (Sigma + s^2)^-1 (mu - x), without the cancellation of x + s^2 score at high noise
+    return gamma @ (gm.means - jnp.einsum("kij,kj->ki", gm.covs, _pull(gm, x, s)))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _over_points(pointwise: Pointwise, gm: GaussianMixture, x: Array, sigma: Array) -> Array:
+    return jax.vmap(functools.partial(pointwise, gm), in_axes=(0, 0 if sigma.ndim else None))(x, sigma)

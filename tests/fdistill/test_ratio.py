@@ -42,7 +42,6 @@ FASTGEN = {
 def test_fastgen(golden_file, name):
     data = np.load(golden_file)
     logits = [jnp.asarray(data[f"logits{call}"]) for call in range(2)]
-    sigma = [jnp.asarray(data[f"t{call}"], jnp.float32) for call in range(2)]
     options = {
         "sigma_range": (float(data["min_t"]), float(data["max_t"])),
         "ratio_range": (float(data["ratio_lower"]), float(data["ratio_upper"])),
@@ -50,7 +49,11 @@ def test_fastgen(golden_file, name):
     for kind, decay in [("ema", float(data["ratio_ema_rate"])), ("noema", 0.0)]:
         bins = init_ratio_bins(int(data["bin_num"]))
         for call in range(2):
-            h, bins = fastgen_weight(FASTGEN[name](), logits[call], sigma[call], bins, decay=decay, **options)
+            with jax.enable_x64():  # levels are float64 there, which decides at the edges of bins
+                h, bins = fastgen_weight(
+                    FASTGEN[name](), logits[call], jnp.asarray(data[f"t{call}"]), bins, decay=decay, **options
+                )
+            assert h.dtype == bins.log_mean.dtype == jnp.float32
             np.testing.assert_allclose(h, data[f"{name}_bin{kind}_h{call}"], rtol=5e-6)
             np.testing.assert_allclose(jnp.exp(bins.log_mean), data[f"bins_after{call}_{kind}"], rtol=5e-6)
     for call in range(2):
@@ -237,8 +240,8 @@ def test_effective_sample_size():
     np.testing.assert_allclose(effective_sample_size(1e30 * h), 16 / 6.5, rtol=1e-6)
 
 
-@settings(max_examples=15, deadline=None)
-@given(st.lists(st.floats(-15, 15, width=32), min_size=2, max_size=8), st.sampled_from(DIVERGENCES), st.randoms())
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.floats(-15, 15, width=32), min_size=6, max_size=6), st.sampled_from(DIVERGENCES), st.randoms())
 def test_permutations(values, name, random):
     div = divergence(name)
     order = list(range(len(values)))

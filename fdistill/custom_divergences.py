@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array
 
 from poise.fdistill.checks import check_range
-from poise.fdistill.f_divergence import FDivergence
+from poise.fdistill.divergence_type import FDivergence
 
 _TABLE_REACH = 12
 _TABLE_DENSITY = 64
