@@ -135,7 +135,5 @@ def _trace_root_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array])
     polar = jnp.matmul(left * regular, right, precision="highest")
     there = jnp.linalg.multi_dot([factor2, polar.T, inverse1.T], precision="highest")
     back = jnp.linalg.multi_dot([factor1, polar, inverse2.T], precision="highest")
-    derivative = sum(
-        0.25 * jnp.sum((plan + plan.T) * tangent) for plan, tangent in zip((there, back), tangents, strict=True)
-    )
-    return values.sum(), derivative
+    derivative = jnp.sum((there + there.T) * tangents[0]) + jnp.sum((back + back.T) * tangents[1])
+    return values.sum(), 0.25 * derivative
