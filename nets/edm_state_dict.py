@@ -1,5 +1,6 @@
 """Official EDM weights to Flax variables and back, without loss. Pure: whoever calls reads and writes the files."""
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -285,6 +286,7 @@ def _official_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+@functools.lru_cache(maxsize=16)  # tracing a large network takes a second
 def _variable_shapes(module: EDMPrecond) -> PyTree:
     model = module.model
     x = jax.ShapeDtypeStruct((1, model.img_resolution, model.img_resolution, model.in_channels), jnp.float32)

@@ -146,6 +146,11 @@ class TestOfficialADM(OfficialNetwork):
     """ADM."""
 
 
+def one_level(module):
+    """The same network with fewer blocks, where compilation would cost more than it shows."""
+    return module.clone(model=module.model.clone(channel_mult=(1,), attn_resolutions=()))
+
+
 def test_samples_do_not_see_each_other(small, small_apply, batch):
     _, variables = small
     x, sigma, labels, augment = batch
@@ -200,8 +205,9 @@ def test_features_alone_equal_those_of_the_full_call(small, small_apply, batch, 
     assert np.abs(quick_jit(jax.grad(energy))(x)).min(axis=(1, 2, 3)).max() > 0
 
 
-def test_remat_gives_the_same_gradients_and_variables(small, batch, quick_jit):
-    module, variables = small
+def test_remat_gives_the_same_gradients_and_variables(small, batch, random_variables, quick_jit):
+    module = one_level(small[0])
+    variables = random_variables(module, *batch)
     again = module.clone(model=module.model.clone(remat=True))
 
     def loss(module, variables):
@@ -232,10 +238,10 @@ def test_ensembles_and_sharded_batches_equal_single_calls(small, small_apply, ba
     np.testing.assert_allclose(sharded, single, rtol=1e-5, atol=1e-5)
 
 
-def test_dropout(small, batch, quick_jit):
+def test_dropout(small, small_apply, batch, quick_jit):
     module, variables = small
     none = module.clone(model=module.model.clone(dropout=0.0))
-    evaluated = quick_jit(lambda v: none.apply(v, *batch))(variables)
+    evaluated, _ = small_apply(variables, *batch)
     trained = quick_jit(lambda v: none.apply(v, *batch, train=True))(variables)
     np.testing.assert_allclose(trained, evaluated, rtol=1e-5, atol=1e-6)
 
@@ -266,7 +272,7 @@ def test_label_dropout_drops_the_label_vector(small, small_apply, batch, quick_j
 
 
 def test_fresh_network_returns_next_to_nothing(small, batch, quick_jit):
-    module, _ = small
+    module = one_level(small[0])
     x, sigma = batch[:2]
     variables = quick_jit(module.init)(jax.random.key(0), *batch)
     denoised = quick_jit(lambda v: module.apply(v, *batch))(variables)
@@ -301,7 +307,6 @@ def test_bfloat16_network_in_float32_frame(small, small_apply, batch, quick_jit)
     c_out = edm_coefficients(batch[1]).c_out[:, None, None, None]
     raw = (expected - denoised) / c_out
     assert 1e-4 < np.abs(raw).max() / np.abs(expected / c_out).max() < 3e-2
-    assert module.apply(variables, *batch).dtype == jnp.float32
 
 
 @pytest.mark.parametrize(
