@@ -327,7 +327,7 @@ def parse_config(
             problem = _problem(value, *fields[name][1:])
             if problem is not None:
                 raise ValueError(f"recipe {recipe!r}: {name} must be {problem}, got {value!r}")
-    default_recipe = fields["recipe"][0].default if "recipe" in fields else None
+    default_recipe = str(fields["recipe"][0].default) if "recipe" in fields else None
     if any(argument in ("--help", "-help", "--h", "-h") for argument in argv):
         print(_help(fields, recipes, default_recipe, prog, description))
         raise SystemExit(0)

@@ -15,7 +15,7 @@ from poise.launch.leaves import Layout, from_data, to_data
 
 RESERVED = ("phase", "step")
 # What runs once need not run fast: a U-Net's parameters are drawn after 2 seconds of compilation instead of 9.
-_COMPILED_FAST = {"xla_backend_optimization_level": 0}
+_COMPILED_FAST: dict[str, str | bool] = {"xla_backend_optimization_level": "0"}
 
 
 class Phase(NamedTuple):
