@@ -169,35 +169,36 @@ def ablation_sampler(
     _check(latents, sigmas, key, noise, churn)
     check_choice("solver", solver, ("heun", "euler"))
     check_range("alpha", alpha, low=0.0, high=1.0, low_open=True)
-    schedule = noise_schedule() if schedule is None else schedule
+    curve: NoiseSchedule = noise_schedule() if schedule is None else schedule
     dtype = latents.dtype
     num_steps, batch = sigmas.shape[0], latents.shape[0]
     stochastic = not (is_concrete(churn.s_churn) and churn.s_churn == 0)
-    times = schedule.sigma_inv(sigmas.astype(dtype))
+    times = curve.sigma_inv(sigmas.astype(dtype))
 
     def slope(x, t):
-        sigma, scale = schedule.sigma(t), schedule.scale(t)
+        sigma, scale = curve.sigma(t), curve.scale(t)
         denoised = denoise(x / scale, jnp.broadcast_to(sigma, (batch,))).astype(dtype)
-        return schedule.log_scale_deriv(t) * x + schedule.sigma_deriv(t) / sigma * (x - scale * denoised)
+        return curve.log_scale_deriv(t) * x + curve.sigma_deriv(t) / sigma * (x - scale * denoised)
 
     def add_noise(x, step: _Step):
         """To a higher level, if there is churn at this one."""
         if not stochastic:
             return x, step.now
-        sigma = schedule.sigma(step.now)
+        sigma = curve.sigma(step.now)
         gamma = jnp.minimum(churn.s_churn / num_steps, math.sqrt(2.0) - 1.0)
         gamma = jnp.where((churn.s_min <= sigma) & (sigma <= churn.s_max), gamma, 0.0).astype(dtype)
         raised = sigma + gamma * sigma
-        t = jnp.where(gamma > 0, schedule.sigma_inv(raised), step.now)
+        t = jnp.where(gamma > 0, curve.sigma_inv(raised), step.now)
         if step.noise is not None:
             fresh = step.noise.astype(dtype)
         else:
+            assert key is not None  # checked above
             keys = fold_in_examples(jax.random.fold_in(key, step.index), batch, axis_name)
             fresh = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:], dtype))(keys)
         # sigma_hat^2 - sigma^2 without the cancellation of the difference
         spread = sigma * jnp.sqrt(gamma * (2.0 + gamma)) * churn.s_noise
-        scale = schedule.scale(t)
-        return scale / schedule.scale(step.now) * x + spread * scale * fresh, t
+        scale = curve.scale(t)
+        return scale / curve.scale(step.now) * x + spread * scale * fresh, t
 
     def advance(x, step: _Step):
         x, t = add_noise(x, step)
@@ -209,7 +210,7 @@ def ablation_sampler(
         return x + h * ((1.0 - 0.5 / alpha) * first + 0.5 / alpha * second), None
 
     steps = _Step(jnp.arange(num_steps), times, jnp.append(times[1:], jnp.zeros((), dtype)), noise)
-    x = latents * (schedule.sigma(times[0]) * schedule.scale(times[0]))
+    x = latents * (curve.sigma(times[0]) * curve.scale(times[0]))
     x, _ = jax.lax.scan(advance, x, jax.tree.map(lambda a: a[:-1], steps))
     last = jax.tree.map(lambda a: a[-1], steps)
     x, t = add_noise(x, last)

@@ -108,21 +108,21 @@ def noise_schedule(
     """
     check_choice("schedule", schedule, ("linear", "vp", "ve"))
     check_choice("scaling", scaling, ("none", "vp"))
-    if schedule == "linear":
-        sigma, sigma_deriv, sigma_inv = (lambda t: t), jnp.ones_like, (lambda level: level)
-    elif schedule == "ve":
-        sigma, sigma_deriv, sigma_inv = jnp.sqrt, (lambda t: 0.5 / jnp.sqrt(t)), jnp.square
-    else:
 
-        def sigma(t):
-            return jnp.sqrt(jnp.expm1(0.5 * beta_d * t**2 + beta_min * t))
+    def vp_sigma(t):
+        return jnp.sqrt(jnp.expm1(0.5 * beta_d * t**2 + beta_min * t))
 
-        def sigma_deriv(t):
-            return 0.5 * (beta_min + beta_d * t) * (sigma(t) + 1.0 / sigma(t))
+    def vp_sigma_deriv(t):
+        return 0.5 * (beta_min + beta_d * t) * (vp_sigma(t) + 1.0 / vp_sigma(t))
 
-        def sigma_inv(level):
-            return (jnp.sqrt(beta_min**2 + 2.0 * beta_d * jnp.log1p(level**2)) - beta_min) / beta_d
+    def vp_sigma_inv(level):
+        return (jnp.sqrt(beta_min**2 + 2.0 * beta_d * jnp.log1p(level**2)) - beta_min) / beta_d
 
+    sigma, sigma_deriv, sigma_inv = {
+        "linear": (jnp.asarray, jnp.ones_like, jnp.asarray),
+        "ve": (jnp.sqrt, lambda t: 0.5 / jnp.sqrt(t), jnp.square),
+        "vp": (vp_sigma, vp_sigma_deriv, vp_sigma_inv),
+    }[schedule]
     if scaling == "none":
         return NoiseSchedule(sigma, sigma_deriv, sigma_inv, jnp.ones_like, jnp.zeros_like)
     return NoiseSchedule(
