@@ -22,8 +22,8 @@ def energy_distance(
     up to rounding. Gradients are finite where samples coincide: such a pair adds 0.
 
     Distances are taken in the difference form, in the dtype of the samples (float32 for 16-bit ones), `block_size` rows
-    at a time. Peak memory beyond the samples is about ``2 * block_size * max(n, m) * itemsize`` bytes: 50 MB for 50k
-    against 50k samples in float32, 100 MB in float64. Gradients take up to ``1.1 * dim`` times as much; lower
+    at a time. Peak memory beyond the samples is about ``block_size * max(n, m) * itemsize`` bytes: 25 MB for 50k
+    against 50k samples in float32, 50 MB in float64. Gradients take about `dim` times as much; lower
     `block_size` for them. Values that are not finite spread under ``jit``.
 
     Args:
