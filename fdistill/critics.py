@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PyTree
 
 from poise.core import Batch, Metrics, mean_over
 from poise.fdistill.distill_state import FDistillState
@@ -12,7 +12,7 @@ from poise.fdistill.networks import Networks
 
 
 def critic_updates(
-    networks: Networks, state: FDistillState, batch: Batch, keys: PRNGKeyArray
+    networks: Networks, state: FDistillState, batch: Batch, keys: Array
 ) -> tuple[FDistillState, Metrics]:
     """Updates fake score and head once for each of ``k`` batches, with fresh images of the student.
 

@@ -46,7 +46,7 @@ class DistillConfig:
     steps: int = field(
         400, "updates of the student; more than before extends a finished run", role="execution", minimum=1
     )
-    warmup_steps: int = field(40, "cycles of critic updates before the student moves", minimum=0)
+    warmup_steps: int = field(200, "updates of the critics before the student moves", minimum=0)
     decay_steps: int = field(400, "updates after which the student's learning rate has reached its floor", minimum=1)
     batch_size: int = field(128, "images per update of student and critics", minimum=2)
     fake_updates: int = field(5, "critic updates per update of the student", minimum=1)

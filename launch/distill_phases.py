@@ -1,5 +1,6 @@
 """The three phases of a distillation run: teacher, warm-up of the critics, distillation."""
 
+import dataclasses
 import functools
 from typing import TYPE_CHECKING
 
@@ -80,19 +81,21 @@ def distill_phases(
     )
 
     head = RatioHead(label_dim=network.num_classes)
-    deepest = len(network.channel_mult) - 1
-    distillation = functools.partial(f_distill, net, head, settings, optimizers, feature_levels=(deepest,))
-    batches = InMemory(images, config.batch_size, config.seed, cycle=config.fake_updates)
+    distillation = functools.partial(f_distill, net, head, optimizers=optimizers)
     warmup = Phase(
         name="warmup",
-        make_algorithm=lambda finished: distillation(teacher=teacher_variables(finished), update_student=False),
-        data=batches,
+        make_algorithm=lambda finished: distillation(
+            config=dataclasses.replace(settings, fake_updates=1),
+            teacher=teacher_variables(finished),
+            update_student=False,
+        ),
+        data=InMemory(images, config.batch_size, config.seed, cycle=1),
         num_steps=config.warmup_steps,
     )
     distill = Phase(
         name="distill",
-        make_algorithm=lambda warm: distillation(start=warm),
-        data=batches,
+        make_algorithm=lambda warm: distillation(config=settings, start=warm),
+        data=InMemory(images, config.batch_size, config.seed, cycle=config.fake_updates),
         num_steps=config.steps,
         evaluate=_quick_evaluation(net, network, settings, judge),
         evaluate_every=config.eval_every,
