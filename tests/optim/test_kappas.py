@@ -68,7 +68,7 @@ def all_of(kappa):
             "inside": (kappa.conjugate(0.999 * direction), kappa.violation(0.999 * direction)),
         }
 
-    return jax.jit(jax.vmap(evaluate))
+    return jax.jit(lambda m, points: (jax.vmap(evaluate)(m), jax.vmap(jax.vmap(kappa.violation))(points)))
 
 
 # Rows: two momenta, the first one's negative, zero, and the first one very large and very small.
@@ -77,10 +77,19 @@ MOMENTA = np.stack(
 )
 
 
+# Ten pairs of points, and a point between those of each pair.
+PAIRS, PLACES = 3 * momentum(2, (2, 10, *SHAPE)), np.linspace(0.05, 0.95, 10)
+POINTS = np.stack([*PAIRS, PLACES[:, None, None] * PAIRS[0] + (1 - PLACES[:, None, None]) * PAIRS[1]])
+
+
 @functools.cache
-def facts(name):
+def all_facts(name):
     with jax.enable_x64():
-        return jax.tree.map(np.asarray, all_of(KAPPAS[name])(MOMENTA))
+        return jax.tree.map(np.asarray, all_of(KAPPAS[name])(MOMENTA, POINTS))
+
+
+def facts(name):
+    return all_facts(name)[0]
 
 
 @pytest.mark.golden
@@ -170,18 +179,16 @@ def test_large_and_small_momenta_give_finite_directions(name):
 
 @every
 def test_violation_is_convex(name):
-    x, y = (3 * momentum(seed, (20, *SHAPE), np.float32) for seed in (2, 3))
-    t = np.linspace(0, 1, 20)[:, None, None]
-    violation = jax.jit(jax.vmap(KAPPAS[name].violation))
-    at_x, at_y, between = (np.asarray(violation(z.astype(np.float32))) for z in (x, y, t * x + (1 - t) * y))
-    assert (between <= t.ravel() * at_x + (1 - t.ravel()) * at_y + 1e-5).all()
+    first, second, between = all_facts(name)[1]
+    assert (between <= PLACES * first + (1 - PLACES) * second + 1e-12).all()
+    assert (first > 0).any() == (name != "squared_l2")
 
 
 @every
 def test_dtypes(name):
     kappa = KAPPAS[name]
     with jax.enable_x64():
-        for dtype in ("float16", "bfloat16", "float32", "float64"):
+        for dtype in ("float16", "float64"):
             leaf = jax.ShapeDtypeStruct(SHAPE, dtype)
             assert jax.eval_shape(kappa.grad, leaf) == leaf
             scalar = jax.ShapeDtypeStruct((), "float64" if dtype == "float64" else "float32")
@@ -206,7 +213,7 @@ def test_bfloat16_is_float32_rounded(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["sign", "lp_4", "linf", "top_k", "group_l2", "group_ids", "relativistic", "softsign", "log_sum_exp", "nuclear"],
+    ["sign", "lp_4", "linf", "top_k", "group_l2", "group_ids", "log_sum_exp", "nuclear"],
 )
 def test_explicit_sharding_gives_the_same_direction_with_the_leafs_sharding(name):
     m = momentum(5, (8, 2), np.float32)
@@ -338,10 +345,15 @@ class TestMatrices:
     def test_derivative_of_the_direction(self, make, shape):
         with jax.enable_x64():
             m, dm, probe = (momentum(seed, shape) for seed in (10, 11, 12))
-            grad = jax.jit(make().grad)
-            pushed = jax.jit(lambda m, dm: jax.jvp(make().grad, (m,), (dm,))[1])(m, dm)
-            close(pushed, (grad(m + 1e-6 * dm) - grad(m - 1e-6 * dm)) / 2e-6, 1e-7, 1e-8)
-            pulled = jax.jit(lambda m, probe: jax.vjp(make().grad, m)[1](probe)[0])(m, probe)
+
+            @jax.jit
+            def evaluate(m, dm, probe):
+                grad = make().grad
+                numeric = (grad(m + 1e-6 * dm) - grad(m - 1e-6 * dm)) / 2e-6
+                return numeric, jax.jvp(grad, (m,), (dm,))[1], jax.vjp(grad, m)[1](probe)[0]
+
+            numeric, pushed, pulled = evaluate(m, dm, probe)
+            close(pushed, numeric, 1e-7, 1e-8)
             close(np.vdot(pulled, dm), np.vdot(probe, pushed), 1e-10, 1e-10)
 
     def test_derivative_where_singular_values_coincide_or_vanish(self):

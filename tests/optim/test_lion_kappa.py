@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from poise.optim import Kappa, kappas, lion_kappa, scale_by_lion_kappa
+from poise.optim import Kappa, kappas, lion_kappa, lion_kappa_lyapunov, scale_by_lion_kappa
 
 
 def trajectory(optimizer, params, grads):
@@ -81,31 +81,33 @@ def test_golden_lion(golden_file):
 @pytest.mark.golden
 @pytest.mark.golden_pattern("optim", "lion_kappa*.npz")
 def test_golden_lion_kappa(golden_file, reference_kappas):
+    """Weights, momentum and the Lyapunov function of every step."""
     data = np.load(golden_file, allow_pickle=False)
     hparams = json.loads(str(data["hparams"]))
+    numbers = [hparams[key] for key in ("learning_rate", "weight_decay", "b1", "b2")]
+    rate, decay, b1, b2 = numbers
     with jax.enable_x64():
         quadratic, linear = jnp.asarray(data["Q"]), jnp.asarray(data["b"])
         for name, kappa in reference_kappas(hparams).items():
             matrix = name in ("nuclear", "spectral")
-            optimizer = lion_kappa(
-                hparams["learning_rate"], kappa, hparams["b1"], hparams["b2"], weight_decay=hparams["weight_decay"]
-            )
+            optimizer = lion_kappa(rate, kappa, b1, b2, weight_decay=decay)
 
-            def step(carry, _, optimizer=optimizer):
+            def step(carry, _, optimizer=optimizer, kappa=kappa):
                 x, state = carry
-                grad = (quadratic @ x.ravel() - linear).reshape(x.shape)
-                updates, state = optimizer.update(grad, state, x)
-                x = optax.apply_updates(x, updates)
-                return (x, state), (x.ravel(), optax.tree.get(state, "mu").ravel())
+                slope, mu = quadratic @ x.ravel() - linear, optax.tree.get(state, "mu")
+                loss = x.ravel() @ (slope - linear) / 2
+                h = lion_kappa_lyapunov(loss, x, mu, kappa, rate, decay, b1, b2)
+                updates, state = optimizer.update(slope.reshape(x.shape), state, x)
+                return (optax.apply_updates(x, updates), state), (x.ravel(), mu.ravel(), h)
 
             x = jnp.asarray(data[f"{name}_x"][0]).reshape(hparams["matrix_shape"] if matrix else -1)
-            length = len(data[f"{name}_x"]) - 1
-            xs, mus = jax.jit(lambda x, step=step, opt=optimizer, length=length: jax.lax.scan(
+            length = len(data[f"{name}_x"])
+            actual = jax.jit(lambda x, step=step, opt=optimizer, length=length: jax.lax.scan(
                 step, (x, opt.init(x)), length=length
             )[1])(x)  # fmt: skip
             tolerance = 1e-8 if matrix else 1e-10
-            np.testing.assert_allclose(xs, data[f"{name}_x"][1:], rtol=0, atol=tolerance, err_msg=name)
-            np.testing.assert_allclose(mus, data[f"{name}_mu"][1:], rtol=0, atol=tolerance, err_msg=name)
+            for values, key in zip(actual, ("x", "mu", "H"), strict=True):
+                np.testing.assert_allclose(values, data[f"{name}_{key}"], rtol=0, atol=tolerance, err_msg=name)
 
 
 class TestRelations:
