@@ -23,8 +23,7 @@ def optional(arrays, name):
     return jnp.asarray(arrays[name]) if name in arrays else None
 
 
-@functools.cache
-def run(path):
+def compute_all(path, quick_jit):
     """Everything that the file of an official network has, computed by poise in one program."""
     arrays = dict(np.load(path))
     config = json.loads(str(arrays["config"]))
@@ -59,10 +58,15 @@ def run(path):
                     results[f"D_{name}"] = other.apply(variables, x, sigma, labels, augment)
             return results
 
-        options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}  # quick to compile
         with jax.default_matmul_precision("highest"):
-            results = jax.jit(compute, compiler_options=options)(variables, x, nhwc(arrays["cotangent"]))
+            results = quick_jit(compute)(variables, x, nhwc(arrays["cotangent"]))
     return SimpleNamespace(arrays=arrays, config=config, **results)
+
+
+@pytest.fixture(scope="session")
+def run(quick_jit):
+    """`compute_all`, once for each file."""
+    return functools.cache(functools.partial(compute_all, quick_jit=quick_jit))
 
 
 def close(actual, expected, scale=1.0):
@@ -73,46 +77,46 @@ def close(actual, expected, scale=1.0):
 class OfficialNetwork:
     """What holds for every file of an official network."""
 
-    def test_denoised(self, golden_file):
+    def test_denoised(self, golden_file, run):
         golden = run(golden_file)
         close(golden.D, golden.arrays["D"])
 
-    def test_raw_output_and_noise_label(self, golden_file):
+    def test_raw_output_and_noise_label(self, golden_file, run):
         golden = run(golden_file)
         raw, _ = golden.intermediates["__call__"][0]
         close(raw, golden.arrays["F"])
         c = edm_coefficients(jnp.asarray(golden.arrays["sigma"]), golden.config["sigma_data"])
         np.testing.assert_allclose(c.c_noise, golden.arrays["c_noise"], rtol=1e-6, atol=1e-7)
 
-    def test_embeddings(self, golden_file):
+    def test_embeddings(self, golden_file, run):
         golden = run(golden_file)
         close(golden.intermediates["map_noise"]["__call__"][0], golden.arrays["noise_embedding"])
         close(golden.intermediates["emb"][0], golden.arrays["emb"])
 
-    def test_features(self, golden_file):
+    def test_features(self, golden_file, run):
         golden = run(golden_file)
         names = [name for name in golden.arrays if name.startswith("feature_")]
         assert len(names) == len(golden.config["channel_mult"])
         for name in names:
             close(getattr(golden, name), golden.arrays[name])
 
-    def test_input_gradient(self, golden_file):
+    def test_input_gradient(self, golden_file, run):
         golden = run(golden_file)
         close(golden.grad_x, golden.arrays["grad_x"], scale=np.abs(golden.arrays["grad_x"]).max())
 
-    def test_without_labels_or_with_one_level(self, golden_file):
+    def test_without_labels_or_with_one_level(self, golden_file, run):
         golden = run(golden_file)
         for name in ("D_no_labels", "D_no_augment", "D_sigma_scalar"):
             if name in golden.arrays:
                 close(getattr(golden, name), golden.arrays[name])
 
-    def test_other_preconditionings(self, golden_file):
+    def test_other_preconditionings(self, golden_file, run):
         golden = run(golden_file)
         for name in ("D_vp", "D_ve"):
             if name in golden.arrays:
                 close(getattr(golden, name), golden.arrays[name], scale=np.abs(golden.arrays[name]).max())
 
-    def test_activations_of_every_layer(self, golden_file):
+    def test_activations_of_every_layer(self, golden_file, run):
         golden = run(golden_file)
         for name in golden.arrays:
             if name.startswith("act/"):
