@@ -286,8 +286,12 @@ def _official_names(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     return renamed
 
 
+def _variable_shapes(module: Any) -> PyTree:
+    return _trace(module)
+
+
 @functools.lru_cache(maxsize=16)  # tracing a large network takes a second
-def _variable_shapes(module: EDMPrecond) -> PyTree:
+def _trace(module: EDMPrecond) -> PyTree:
     model = module.model
     x = jax.ShapeDtypeStruct((1, model.img_resolution, model.img_resolution, model.in_channels), jnp.float32)
     sigma = jax.ShapeDtypeStruct((1,), jnp.float32)
@@ -296,8 +300,10 @@ def _variable_shapes(module: EDMPrecond) -> PyTree:
 
 def _paths(variables: PyTree) -> list[str]:
     """The official names of all leaves, in the order of ``jax.tree.leaves``."""
-    paths = [[key.key for key in path] for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]]
-    return [".".join([*path[1:-1], _LEAVES.get(path[-1], path[-1])]) for path in paths]
+    paths: list[list[str]] = [
+        [key.key for key in path] for path, _ in jax.tree_util.tree_flatten_with_path(variables)[0]
+    ]
+    return [".".join([*path[1:-1], _LEAVES.get(path[-1]) or path[-1]]) for path in paths]
 
 
 def _names(variables: PyTree) -> dict[str, Any]:

@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, variance_scaling, zeros
+from jaxtyping import Array
 
-_MODES = {
+_MODES: dict[str, tuple[Any, Any]] = {
     "xavier_uniform": ("fan_avg", "uniform"),
     "kaiming_uniform": ("fan_in", "uniform"),
     "kaiming_normal": ("fan_in", "normal"),
@@ -53,7 +56,7 @@ class LayerInit:
             return zeros
         return variance_scaling(self.gain**2, *_MODES[self.mode])
 
-    def bias(self, fan_in: int, fan_out: int) -> Initializer:
+    def bias(self, fan_in: int, fan_out: int) -> Callable[..., Array]:
         """Initializer of the bias of a layer with these fans."""
         if self.bias_gain == 0:
             return zeros

@@ -55,7 +55,7 @@ def ncsnpp(img_resolution: int, out_channels: int = 3, **overrides: Any) -> Song
     References:
       Song et al., https://arxiv.org/abs/2011.13456; Karras et al., https://arxiv.org/abs/2206.00364
     """
-    settings = {
+    settings: dict[str, Any] = {
         "embedding_type": "fourier",
         "channel_mult_noise": 2,
         "encoder_type": "residual",
@@ -153,7 +153,7 @@ def edm_network(config: Mapping[str, Any], dtype: Any = None, remat: bool = Fals
     for key, value in _FIXED.items():
         if config.get(key, value) != value:
             raise ValueError(f"{key} must be {value}, got {config[key]}")
-    settings = {
+    settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in config.items()
         if key not in _WRAPPER_KEYS and key not in _WITHOUT_EFFECT and key not in _FIXED
