@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, ArrayLike, DTypeLike, PyTree
+from jaxtyping import Array, DTypeLike, PyTree
 
 from poise.optim import kappas
 from poise.optim.arguments import check_range, check_real, concrete
 from poise.optim.kappas import Kappa
+from poise.optim.kappas.kappa import Number
 from poise.optim.leaves import sum_dtype
 
 _SIGN = kappas.sign()
@@ -23,11 +24,11 @@ _BY_NAME = {
 
 def scale_by_lion_kappa(
     kappa: Kappa | str = _SIGN,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.99,
+    b1: Number = 0.9,
+    b2: Number = 0.99,
     mu_dtype: DTypeLike | None = None,
     *,
-    cautious_factor: ArrayLike | None = None,
+    cautious_factor: Number | None = None,
 ) -> optax.GradientTransformation:
     r"""Replaces gradients by the direction that a convex function gives to their momentum.
 
@@ -90,7 +91,7 @@ def scale_by_lion_kappa(
     def momentum(g: Any, mu: Any) -> Any:
         return mu if g is None else ((1 - b2) * g + b2 * mu).astype(mu.dtype)
 
-    def update(updates: PyTree, state: optax.ScaleByLionState, params: PyTree = None):
+    def update(updates: PyTree, state: Any, params: PyTree = None):
         del params
         check_real("updates", updates)
         return (
@@ -105,15 +106,15 @@ def scale_by_lion_kappa(
 
 
 def lion_kappa(
-    learning_rate: ArrayLike | optax.Schedule,
+    learning_rate: Number | optax.Schedule,
     kappa: Kappa | str = _SIGN,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.99,
+    b1: Number = 0.9,
+    b2: Number = 0.99,
     mu_dtype: DTypeLike | None = None,
-    weight_decay: ArrayLike | optax.Schedule = 1e-3,
+    weight_decay: Number | optax.Schedule = 1e-3,
     mask: Any | Callable[[Any], Any] | None = None,
     *,
-    cautious_factor: ArrayLike | None = None,
+    cautious_factor: Number | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Lion and its family: the weight decay is an exact constraint or penalty, chosen by a convex function.
 

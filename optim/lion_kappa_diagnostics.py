@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from poise.optim import kappas
 from poise.optim.arguments import check_range, concrete
 from poise.optim.kappas import Kappa
-from poise.optim.kappas.kappa import violation_of
+from poise.optim.kappas.kappa import Number, violation_of
 from poise.optim.leaves import resolve_mask
 from poise.optim.lion_kappa import resolve_kappa
 
@@ -19,14 +19,14 @@ _SIGN = kappas.sign()
 
 
 def lion_kappa_lyapunov(
-    loss: ArrayLike,
+    loss: Number,
     params: PyTree,
     mu: PyTree,
     kappa: Kappa | str = _SIGN,
-    learning_rate: ArrayLike = 1e-3,
-    weight_decay: ArrayLike = 1e-3,
-    b1: ArrayLike = 0.9,
-    b2: ArrayLike = 0.99,
+    learning_rate: Number = 1e-3,
+    weight_decay: Number = 1e-3,
+    b1: Number = 0.9,
+    b2: Number = 0.99,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> Float[Array, ""]:
     r"""The function of weights and momentum that Lion-kappa decreases, to second order in the learning rate.
@@ -93,7 +93,7 @@ def lion_kappa_lyapunov(
     if known[2] is not None and known[3] is not None and (known[2] > known[3]).any():
         warnings.warn(f"with b1={b1} above b2={b2} the Lyapunov function need not decrease", stacklevel=2)
 
-    def term(x: Array, m: Array, lam: ArrayLike) -> Array:
+    def term(x: Array, m: Array, lam: Number) -> Array:
         # C, with numerator and denominator multiplied by 1 - eta lambda.
         c = learning_rate * b1 / (learning_rate * lam * (1 - b1) + (1 - learning_rate * lam) * (1 - b2))
         conjugate = kappa.conjugate(_scaled(lam, x))
@@ -108,7 +108,7 @@ def lion_kappa_stationarity_gap(
     grads: PyTree,
     params: PyTree,
     kappa: Kappa | str = _SIGN,
-    weight_decay: ArrayLike = 1e-3,
+    weight_decay: Number = 1e-3,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> Float[Array, ""]:
     r"""How far weights are from a stationary point of the problem that Lion-kappa solves.
@@ -151,7 +151,7 @@ def lion_kappa_stationarity_gap(
     kappa = resolve_kappa(kappa)
     check_range("weight_decay", weight_decay, 0.0)
 
-    def term(g: Array, x: Array, lam: ArrayLike) -> Array:
+    def term(g: Array, x: Array, lam: Number) -> Array:
         return kappa.value(-g) + kappa.conjugate(_scaled(lam, x)) + lam * _dot(x, g)
 
     return _total(term, _decays(params, weight_decay, mask), grads, params)
@@ -160,7 +160,7 @@ def lion_kappa_stationarity_gap(
 def lion_kappa_constraint_violation(
     params: PyTree,
     kappa: Kappa | str = _SIGN,
-    weight_decay: ArrayLike = 1e-3,
+    weight_decay: Number = 1e-3,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> Float[Array, ""]:
     r"""The distance of the weights to the set that Lion-kappa keeps them to.
@@ -199,7 +199,7 @@ def lion_kappa_constraint_violation(
     kappa = resolve_kappa(kappa)
     check_range("weight_decay", weight_decay, 0.0)
 
-    def term(x: ArrayLike, lam: ArrayLike) -> Array:
+    def term(x: Any, lam: Number) -> Array:
         violation = violation_of(kappa)(_scaled(lam, jnp.asarray(x)))
         return jnp.where(violation > 0, violation / lam, violation)
 
@@ -207,12 +207,12 @@ def lion_kappa_constraint_violation(
     return jnp.max(jnp.stack(leaves)) if leaves else jnp.zeros(())
 
 
-def _decays(params: PyTree, weight_decay: ArrayLike, mask: Any) -> PyTree:
+def _decays(params: PyTree, weight_decay: Number, mask: Any) -> PyTree:
     """The weight decay of each leaf, in its dtype or the one that sums over it are taken in."""
     return jax.tree.map(lambda chosen: weight_decay if chosen else 0.0, resolve_mask(mask, params))
 
 
-def _scaled(lam: ArrayLike, x: Array) -> Array:
+def _scaled(lam: Number, x: Array) -> Array:
     r"""$\lambda x$ in the dtype of $x$, by which the kappas know how exactly the weights can lie on a boundary."""
     return (lam * x).astype(x.dtype)
 
@@ -225,7 +225,7 @@ def _dot(x: Array, y: Array) -> Array:
 def _total(term: Callable[..., Array], decays: PyTree, *trees: PyTree) -> Array:
     """The sum of a function over corresponding leaves of trees, None left out."""
 
-    def each(lam: ArrayLike, *leaves: Any) -> Array | None:
+    def each(lam: Number, *leaves: Any) -> Array | None:
         return None if leaves[0] is None else term(*map(jnp.asarray, leaves), lam)
 
     terms = jax.tree.map(each, decays, *trees)

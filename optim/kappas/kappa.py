@@ -1,14 +1,16 @@
 """A convex function of one leaf as three functions: its value, a subgradient and its convex conjugate."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike
+from jaxtyping import Array
 
 from poise.optim.arguments import check_range, concrete
 from poise.optim.leaves import sum_dtype
+
+Number: TypeAlias = float | int | Array
 
 
 class Kappa(NamedTuple):
@@ -40,7 +42,7 @@ class Kappa(NamedTuple):
     violation: Callable[[Array], Array] | None = None
 
 
-def positive(name: str, value: ArrayLike) -> ArrayLike:
+def positive(name: str, value: Number) -> Number:
     """A parameter of a kappa after its check: a Python float, so that it doesn't promote, or a tracer.
 
     Raises:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
 from poise.optim.arguments import check_count, check_range, concrete
-from poise.optim.kappas.kappa import Kappa, excess, gathered, indicator, largest, unit_range, widened
+from poise.optim.kappas.kappa import Kappa, Number, excess, gathered, indicator, largest, unit_range, widened
 
 
 def sign() -> Kappa:
@@ -39,7 +39,7 @@ def sign() -> Kappa:
     )
 
 
-def lp(p: ArrayLike) -> Kappa:
+def lp(p: Number) -> Kappa:
     r"""The $\ell_p$ norm, between Lion ($p \to 1$), the normalized gradient ($p = 2$) and the greatest coordinate.
 
     With $1/p + 1/q = 1$,
@@ -77,7 +77,7 @@ def lp(p: ArrayLike) -> Kappa:
         if np.isinf(p):
             return linf()
 
-    def norm(x: Float[Array, "..."], order: ArrayLike) -> Float[Array, ""]:
+    def norm(x: Float[Array, "..."], order: Number) -> Float[Array, ""]:
         ratio, scale, alive = unit_range(widened(x))
         total = jnp.where(alive, jnp.sum(_power(jnp.abs(ratio), order)), 1)
         return jnp.where(alive, scale * total ** (1 / order), 0).reshape(())
@@ -96,7 +96,7 @@ def lp(p: ArrayLike) -> Kappa:
     )
 
 
-def _power(x: Array, exponent: ArrayLike) -> Array:
+def _power(x: Array, exponent: Number) -> Array:
     """A power of non-negative numbers whose derivative at zero is zero instead of infinite."""
     positive = x > 0
     return jnp.where(positive, jnp.where(positive, x, 1) ** exponent, 0)

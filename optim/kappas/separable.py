@@ -4,12 +4,12 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
-from poise.optim.kappas.kappa import Kappa, excess, indicator, largest, positive, widened
+from poise.optim.kappas.kappa import Kappa, Number, excess, indicator, largest, positive, widened
 
 
-def dead_zone(eps: ArrayLike) -> Kappa:
+def dead_zone(eps: Number) -> Kappa:
     r"""The sign with a dead zone: small momenta don't move their weight, which adds $\epsilon\|x\|_1$ in Lion's box.
 
     $$K(m) = \sum_i \max(|m_i| - \epsilon, 0), \qquad \nabla K(m) = \operatorname{sign}(m)\,1_{|m| > \epsilon}, \qquad
@@ -42,7 +42,7 @@ def dead_zone(eps: ArrayLike) -> Kappa:
     )
 
 
-def huber(eps: ArrayLike) -> Kappa:
+def huber(eps: Number) -> Kappa:
     r"""Huber's function: the momentum, cut off at one, which adds $\frac{\epsilon\lambda}2\|x\|^2$ in Lion's box.
 
     $$K(m) = \sum_i \begin{cases}m_i^2/2\epsilon & |m_i| \le \epsilon\\ |m_i| - \epsilon/2 & \text{else}\end{cases},
@@ -79,7 +79,7 @@ def huber(eps: ArrayLike) -> Kappa:
     return _boxed(value, lambda m: jnp.clip(m / eps, -1, 1), lambda y: eps / 2 * y**2)
 
 
-def relativistic(eps: ArrayLike) -> Kappa:
+def relativistic(eps: Number) -> Kappa:
     r"""A smooth sign: the velocity of a relativistic particle of momentum $m$ and rest mass $\epsilon$.
 
     $$K(m) = \sum_i \sqrt{m_i^2 + \epsilon^2} - \epsilon, \qquad \nabla K(m) = \frac{m}{\sqrt{m^2 + \epsilon^2}}, \qquad
@@ -117,7 +117,7 @@ def relativistic(eps: ArrayLike) -> Kappa:
     return _boxed(value, grad, lambda y: eps * y**2 / (1 + _root(1 - y**2)))
 
 
-def tanh(slope: ArrayLike) -> Kappa:
+def tanh(slope: Number) -> Kappa:
     r"""A smooth sign by the hyperbolic tangent: an entropy in Lion's box.
 
     $$K(m) = \tfrac1a\sum_i \log\cosh(a m_i), \qquad \nabla K(m) = \tanh(a m), \qquad
@@ -158,7 +158,7 @@ def tanh(slope: ArrayLike) -> Kappa:
     return _boxed(value, lambda m: jnp.tanh(slope * m), penalty)
 
 
-def softsign(eps: ArrayLike) -> Kappa:
+def softsign(eps: Number) -> Kappa:
     r"""A smooth sign with heavy tails, whose barrier keeps the weights strictly inside of Lion's box.
 
     $$K(m) = \sum_i |m_i| - \epsilon\log(1 + |m_i|/\epsilon), \qquad \nabla K(m) = \frac{m}{|m| + \epsilon}, \qquad
@@ -192,7 +192,7 @@ def softsign(eps: ArrayLike) -> Kappa:
     )
 
 
-def arctan(slope: ArrayLike) -> Kappa:
+def arctan(slope: Number) -> Kappa:
     r"""A smooth sign by the arc tangent, whose barrier keeps the weights strictly inside of Lion's box.
 
     $$K(m) = \tfrac2\pi\sum_i m_i\arctan(a m_i) - \tfrac1{2a}\log(1 + a^2 m_i^2), \qquad

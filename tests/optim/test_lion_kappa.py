@@ -179,7 +179,7 @@ class TestRelations:
             rng = np.random.default_rng(1)
             params, grads = rng.normal(size=(3, 4)), rng.normal(size=(3, 3, 4))
             muon = optax.contrib.scale_by_muon(
-                ns_coeffs=(1.875, -1.25, 0.375), ns_steps=30, beta=0.9, nesterov=False, eps=0.0
+                ns_coeffs=(1.875, -1.25, 0.375), ns_steps=50, beta=0.9, nesterov=False, eps=0.0
             )
             ours = trajectory(scale_by_lion_kappa(kappas.nuclear(), 0.9, 0.9), params, grads)[0]
             assert_same(ours, trajectory(muon, params, grads)[0], atol=1e-9)
