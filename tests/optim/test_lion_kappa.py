@@ -174,15 +174,15 @@ class TestRelations:
                 assert_same(jax.tree.map(lambda x, t=t: x[t], ours), params)
 
     def test_nuclear_with_one_rate_is_exact_muon(self):
-        # Muon approximates the polar factor; with enough Newton-Schulz steps of the convergent polynomial it is exact.
+        # Muon approximates the polar factor; ten Newton-Schulz steps of the convergent polynomial are exact.
         with jax.enable_x64():
             rng = np.random.default_rng(1)
             params, grads = rng.normal(size=(3, 4)), rng.normal(size=(3, 3, 4))
             muon = optax.contrib.scale_by_muon(
-                ns_coeffs=(1.875, -1.25, 0.375), ns_steps=50, beta=0.9, nesterov=False, eps=0.0
+                ns_coeffs=(1.875, -1.25, 0.375), ns_steps=10, beta=0.9, nesterov=False, eps=0.0
             )
             ours = trajectory(scale_by_lion_kappa(kappas.nuclear(), 0.9, 0.9), params, grads)[0]
-            assert_same(ours, trajectory(muon, params, grads)[0], atol=1e-9)
+            assert_same(ours, trajectory(muon, params, grads)[0], atol=1e-12)
 
     def test_smooth_kappa_without_memory_or_decay_is_mirror_descent_in_the_dual(self):
         # Dual preconditioning: x <- x - lr grad K(g).
