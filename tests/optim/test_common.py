@@ -4,6 +4,7 @@ A transformation joins by one line in CASES.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
+import poise.optim
 from poise.optim import (
     adamp,
     apply_prox,
@@ -75,6 +77,9 @@ CASES = {
     "average_gradients": Case(average_gradients, dict(beta=0.1), rate=2e-2, takes_rate=False),
     "scale_by_sgdp": Case(scale_by_sgdp, dict(momentum=0.9, dampening=0.1), rate=2e-3, takes_rate=False),
 }
+
+# Transformations that stand inside of a case's own function.
+INSIDE = (apply_prox,)
 
 # The parts that the optimizers above are chained of wait for the slow tier.
 every = pytest.mark.parametrize(
@@ -358,6 +363,19 @@ def test_linen_train_state(name):
         state = state.apply_gradients(grads=at(GRADS, t))
     assert_close(state.params, reference(name)[0][1][0])
     assert state.apply_fn({"params": state.params}, jnp.ones((1, 2))).shape == (1, 3)
+
+
+def test_every_transformation_takes_part():
+    makers = {
+        name
+        for name in poise.optim.__all__
+        if inspect.isfunction(maker := getattr(poise.optim, name))
+        and "GradientTransformation" in str(inspect.signature(maker).return_annotation)
+    }
+    assert {"lion_kappa", "adamp", "apply_prox"} <= makers
+    assert makers == {case.factory.__name__ for case in CASES.values() if case.factory is not proximal_sgd} | {
+        maker.__name__ for maker in INSIDE
+    }
 
 
 def parabola(x):
