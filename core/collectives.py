@@ -6,7 +6,7 @@ from jaxtyping import Array, Int, PyTree
 
 
 def mean_over(axis_name: str | None, tree: PyTree) -> PyTree:
-    """Averages every leaf over a mapped device axis: $\\bar x = \\frac1P\\sum_p x_p$.
+    r"""Averages every leaf over a mapped device axis: $\bar x = \frac1P\sum_p x_p$.
 
     Args:
       axis_name: the axis of the enclosing ``pmap`` or ``shard_map``, or None outside of one. Under ``jit`` with sharded
@@ -26,11 +26,24 @@ def mean_over(axis_name: str | None, tree: PyTree) -> PyTree:
 
 
 def sum_over(axis_name: str | None, tree: PyTree) -> PyTree:
-    """Sums every leaf over a mapped device axis; the tree itself for None. See :func:`mean_over`."""
+    """Sums every leaf over a mapped device axis; the tree itself for None. See :func:`mean_over`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from poise.core import sum_over
+      >>> jax.vmap(lambda x: sum_over("data", x), axis_name="data")(jnp.array([1.0, 3.0])).tolist()
+      [4.0, 4.0]
+    """
     return tree if axis_name is None else jax.lax.psum(tree, axis_name)
 
 
 def axis_index(axis_name: str | None) -> Int[Array, ""]:
-    """This device's place on the mapped axis; 0 for None."""
-    return jnp.zeros((), jnp.int32) if axis_name is None else jax.lax.axis_index(axis_name)
+    """This device's place on the mapped axis; 0 for None.
 
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from poise.core import axis_index
+      >>> jax.vmap(lambda x: axis_index("data"), axis_name="data")(jnp.zeros(3)).tolist()
+      [0, 1, 2]
+    """
+    return jnp.zeros((), jnp.int32) if axis_name is None else jax.lax.axis_index(axis_name)

@@ -75,15 +75,16 @@ def f_distill(
       >>> from poise.fdistill import FDistillConfig, Optimizers, f_distill
       >>> from poise.nets import EDMPrecond, RatioHead, SongUNet
       >>> net = EDMPrecond(SongUNet(8, 1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=()))
-      >>> batch = {"image": jnp.zeros((1, 4, 8, 8, 1))}
-      >>> teacher = net.init(jax.random.key(0), batch["image"][0], jnp.ones(4))
-      >>> config = FDistillConfig(divergence="jensen_shannon", fake_updates=1)
       >>> optimizers = Optimizers(optax.adam(1e-4), optax.adam(1e-4), optax.adam(1e-3))
-      >>> algorithm = f_distill(net, RatioHead(), config, optimizers, teacher=teacher)
-      >>> state = algorithm.init(jax.random.key(1), batch)
-      >>> state, metrics = jax.jit(algorithm.step)(state, batch, jax.random.key(2))
-      >>> int(state.step)
-      1
+      >>> def first_step(key, batch):
+      ...     teacher = net.init(key, batch["image"][0], jnp.ones(4))  # a trained one, in earnest
+      ...     config = FDistillConfig(divergence="jensen_shannon", fake_updates=1)
+      ...     algorithm = f_distill(net, RatioHead(), config, optimizers, teacher=teacher)
+      ...     return algorithm.step(algorithm.init(key, batch), batch, key)
+      >>> batch = {"image": jnp.zeros((1, 4, 8, 8, 1))}
+      >>> state, metrics = jax.eval_shape(first_step, jax.random.key(0), batch)  # traced only; jax.jit computes it
+      >>> "effective_sample_size" in metrics
+      True
 
     References:
       Xu, Nie, Vahdat, *One-step Diffusion Models with f-Divergence Distribution Matching*,

@@ -35,13 +35,13 @@ def one_step(
       Images, of the shape of ``latents``.
 
     Example:
-      >>> import jax
+      >>> import functools, jax
       >>> from poise.fdistill import one_step
       >>> from poise.nets import EDMPrecond, SongUNet
       >>> net = EDMPrecond(SongUNet(8, 1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=()))
       >>> z = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-      >>> variables = net.init(jax.random.key(1), z, jax.numpy.ones(2))
-      >>> one_step(net, variables, z).shape
+      >>> variables = jax.eval_shape(net.init, jax.random.key(1), z, jax.numpy.ones(2))
+      >>> jax.eval_shape(functools.partial(one_step, net), variables, z).shape  # traced only
       (2, 8, 8, 1)
     """
     sigma = jnp.full((latents.shape[0],), sigma_init, latents.dtype)
@@ -75,13 +75,13 @@ def many_steps(
       Images, of the shape of ``latents``.
 
     Example:
-      >>> import jax
+      >>> import functools, jax
       >>> from poise.fdistill import many_steps
       >>> from poise.nets import EDMPrecond, SongUNet
       >>> net = EDMPrecond(SongUNet(8, 1, model_channels=4, channel_mult=(1,), num_blocks=1, attn_resolutions=()))
       >>> z = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-      >>> variables = net.init(jax.random.key(1), z, jax.numpy.ones(2))
-      >>> many_steps(net, variables, z, num_steps=4).shape
+      >>> variables = jax.eval_shape(net.init, jax.random.key(1), z, jax.numpy.ones(2))
+      >>> jax.eval_shape(functools.partial(many_steps, net, num_steps=4), variables, z).shape  # traced only
       (2, 8, 8, 1)
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)

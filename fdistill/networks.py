@@ -58,7 +58,10 @@ class Networks:
     @property
     def label_dim(self) -> int:
         """The number of classes, 0 for none."""
-        return int(getattr(self.net, "label_dim", 0))
+        label_dim = getattr(self.net, "label_dim", None)
+        if label_dim is None:  # a preconditioner takes its network's
+            label_dim = getattr(getattr(self.net, "model", None), "label_dim", 0)
+        return int(label_dim or 0)
 
     @property
     def learns_ratio(self) -> bool:

@@ -367,6 +367,20 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
 
     Raises:
       CheckpointError: if there is no checkpoint, or it is damaged.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> from poise.core import Algorithm
+      >>> from poise.launch import NoData, Phase, fit, restore_tree
+      >>> def step(state, batch, key):
+      ...     return {"count": state["count"] + 1}, {}
+      >>> count = Algorithm(lambda key, batch: {"count": jnp.zeros(())}, step)
+      >>> with tempfile.TemporaryDirectory() as workdir:
+      ...     _ = fit([Phase("count", lambda previous: count, NoData(), num_steps=3)], workdir=workdir, seed=0)
+      ...     tree = restore_tree(workdir)
+      >>> float(tree["count"])
+      3.0
     """
     origin = pathlib.Path(path).expanduser().absolute()
     checkpoint = next(_checkpoints(origin), None)

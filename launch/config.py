@@ -1,5 +1,6 @@
 """A launcher's flags: the fields of one frozen dataclass, read with absl, checked, and settled in the run's folder."""
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -329,7 +330,8 @@ def parse_config(
                 raise ValueError(f"recipe {recipe!r}: {name} must be {problem}, got {value!r}")
     default_recipe = str(fields["recipe"][0].default) if "recipe" in fields else None
     if any(argument in ("--help", "-help", "--h", "-h") for argument in argv):
-        print(_help(fields, recipes, default_recipe, prog, description))
+        with contextlib.suppress(BrokenPipeError):  # `| head`
+            print(_help(fields, recipes, default_recipe, prog, description), flush=True)
         raise SystemExit(0)
 
     values = _define(fields, prog)

@@ -68,6 +68,20 @@ def save_student(path: str | os.PathLike, student: Student) -> None:
     Args:
       path: the file, written atomically.
       student: the student.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, pathlib, tempfile
+      >>> from poise.launch import Student, load_student, save_student
+      >>> from poise.launch.networks import NetworkConfig, build_network
+      >>> from poise.launch.pixels import PixelScale
+      >>> network = NetworkConfig((8, 8, 1), 10, 4, (1,), 1, ())
+      >>> inputs = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
+      >>> shapes = jax.eval_shape(build_network(network).init, jax.random.key(0), *inputs)
+      >>> variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      >>> file = pathlib.Path(tempfile.mkdtemp()) / "student.safetensors"
+      >>> save_student(file, Student(network, variables, 80.0, PixelScale(4.9, 6.0, 16)))
+      >>> load_student(file).network.num_classes
+      10
     """
     from safetensors.numpy import save_file
 
@@ -97,12 +111,14 @@ def load_student(path: str | os.PathLike) -> Student:
       ValueError: if the file isn't a student of a version that this release reads, or doesn't fit its own settings.
 
     Example:
-      .. code-block:: python
-
-         from poise.launch import load_student
-
-         student = load_student("runs/digits")
-         images = student(jax.random.key(0), jnp.arange(10))  # [10, 8, 8, 1], values in [0, 1]
+      >>> from poise.launch import load_student
+      >>> def draw(workdir, key, labels):
+      ...     student = load_student(workdir)
+      ...     return student(key, labels)  # [N, H, W, C], values in [0, 1]
+      >>> load_student("runs/none")
+      Traceback (most recent call last):
+      ...
+      FileNotFoundError: no student at runs/none: is the run finished?
     """
     from safetensors import SafetensorError, safe_open
 

@@ -33,12 +33,20 @@ def headline(values: Mapping[str, Any]) -> str:
 
 
 class Console:
-    """The run's voice on stderr.
+    r"""The run's voice on stderr.
 
     Args:
       stream: the text stream to write to; stderr if None.
       every_seconds: between plain lines, where there is no terminal.
       clock: seconds from any origin; never goes back.
+
+    Example:
+      >>> import io
+      >>> from poise.launch import Console
+      >>> stream = io.StringIO()
+      >>> Console(stream).line("teacher: compiled in 8 s")
+      >>> stream.getvalue()
+      'teacher: compiled in 8 s\n'
     """
 
     def __init__(

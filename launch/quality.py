@@ -1,4 +1,4 @@
-"""How good generated images are: Fréchet distance, precision, recall, and whether a classifier agrees with the labels."""
+"""How good generated images are: Fréchet distance, precision, recall, and a classifier's opinion."""
 
 import time
 from collections.abc import Callable, Mapping
