@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -171,15 +172,26 @@ def test_the_flag_allows_exactly_the_library_divergences():
     assert sorted(choices) == sorted(DIVERGENCES)
 
 
-def test_a_student_loads_in_three_lines_elsewhere(finished, tmp_path):
+def readme_blocks():
+    text = (pathlib.Path(__file__).parents[2] / "README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+def run_python(code, cwd):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=cwd)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_a_student_loads_in_the_three_lines_of_the_readme(finished, tmp_path):
     workdir, _ = finished
-    code = (
-        "import jax, jax.numpy as jnp\nfrom poise.launch import load_student\n"
-        f"student = load_student({str(workdir)!r})\nimages = student(jax.random.key(0), jnp.arange(10))\n"
-        "assert images.shape == (10, 8, 8, 1), images.shape"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment(), cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(workdir)
+    run_python(readme_blocks()[0] + "\nassert images.shape == (10, 8, 8, 1), images.shape", tmp_path)
+
+
+@pytest.mark.slow
+def test_the_parts_of_the_readme_run(tmp_path):
+    run_python(readme_blocks()[1] + "\nassert int(state.step) == 1", tmp_path)
 
 
 def results(workdir: pathlib.Path):
