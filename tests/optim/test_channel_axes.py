@@ -132,14 +132,19 @@ def test_nnx_optimizer_takes_specs_as_tree_and_as_function():
         model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
         specs = make_specs(nnx.state(model, nnx.Param))
         optimizer = nnx.Optimizer(model, adamp(1e-1, weight_decay=1e-2, channel_axes=specs), wrt=nnx.Param)
-        for _ in range(3):
-            optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model))
-        return model.kernel[...]
 
-    start = nnx.Linear(4, 2, rngs=nnx.Rngs(0)).kernel[...]
+        @nnx.jit
+        def step(model, optimizer):
+            optimizer.update(model, nnx.grad(lambda m: jnp.mean((m(x) - 1) ** 2))(model))
+
+        for _ in range(3):
+            step(model, optimizer)
+        return np.asarray(model.kernel[...])
+
+    start = np.asarray(nnx.Linear(4, 2, rngs=nnx.Rngs(0)).kernel[...])
     by_tree, by_function = trained(flax_channel_axes), trained(lambda params: flax_channel_axes)
     assert (by_tree == by_function).all()
-    assert jnp.abs(by_tree - start).min() > 1e-2
+    assert np.abs(by_tree - start).min() > 1e-2
 
 
 def test_batch_axes_are_separate_leaves():

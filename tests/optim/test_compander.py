@@ -202,36 +202,33 @@ class Digits(nn.Module):
     @nn.compact
     def __call__(self, x):
         for _ in range(2):
-            x = nn.relu(nn.Dense(128)(x))
+            x = nn.relu(nn.Dense(32)(x))
         return nn.Dense(10)(x)
 
 
 def digits_run(wc, seeds, steps):
-    """Trains on 300 digits from several seeds; the hidden kernels of each, and the test accuracies."""
+    """Trains on 300 digits from several seeds; the kernel between the hidden layers of each."""
     images, labels = load_digits(return_X_y=True)
-    x, y = jnp.asarray(images / 16.0 - 0.3, jnp.float32), jnp.asarray(labels)
+    x, y = jnp.asarray(images[:300] / 16.0, jnp.float32), jnp.asarray(labels[:300])
     model, tx = Digits(), optax.sgd(0.05, 0.9)
 
-    def train(key):
-        raw = wc.init(model.init(key, x[:1])["params"])
+    def loss(raw, rows):
+        logits = model.apply({"params": wc.apply(raw)}, x[rows])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
 
-        def loss(raw, rows):
-            logits = model.apply({"params": wc.apply(raw)}, x[rows])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, y[rows]).mean()
-
+    @jax.jit
+    def train(key, batches):
         def step(carry, rows):
             raw, state = carry
             updates, state = tx.update(jax.grad(loss)(raw, rows), state)
             return (optax.apply_updates(raw, updates), state), None
 
-        rows = jax.random.randint(jax.random.fold_in(key, 1), (steps, 32), 0, 300)
-        (raw, _), _ = jax.lax.scan(step, (raw, tx.init(raw)), rows)
-        params = wc.apply(raw)
-        logits = model.apply({"params": params}, x[300:])
-        return params["Dense_1"]["kernel"], (logits.argmax(-1) == y[300:]).mean()
+        raw = wc.init(model.init(key, x[:1])["params"])
+        (raw, _), _ = jax.lax.scan(step, (raw, tx.init(raw)), batches)
+        return wc.apply(raw)["Dense_1"]["kernel"]
 
-    keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    return jax.jit(jax.vmap(train))(keys)
+    batches = np.random.default_rng(0).integers(0, 300, (seeds, steps, 32))
+    return np.stack([train(jax.random.key(seed), batches[seed]) for seed in range(seeds)])
 
 
 def distribution(kernels):
@@ -242,9 +239,9 @@ def distribution(kernels):
 
 
 def test_compresses_large_weights_and_empties_the_neighbourhood_of_zero():
-    """After 150 steps on digits: smaller extremes, lighter tails, fewer weights near zero than in the plain net."""
-    plain = distribution(digits_run(compander("identity"), 2, 150)[0])
-    companded = distribution(digits_run(compander(a=0.2, b=0.1, clip=0.99), 2, 150)[0])
+    """After 300 steps on digits: smaller extremes, lighter tails, fewer weights near zero than in the plain net."""
+    plain = distribution(digits_run(compander("identity"), 3, 300))
+    companded = distribution(digits_run(compander(a=0.2, b=0.1, clip=0.99), 3, 300))
     print("max, kurtosis, share near zero:", plain, companded)
     for before, after in zip(plain, companded, strict=True):
         assert after.max() < before.min()
