@@ -10,8 +10,11 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Interrupted(Exception):
+class Interrupted(BaseException):
     """A run was asked to stop, and did so with everything saved.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``: a launcher's signal handler raises it in the middle of anything,
+    and code that makes the best of errors must not take it for one.
 
     Attributes:
       signum: the signal that asked.

@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 
 from poise.launch.data import DataError
 from poise.launch.digits import CLASS_NAMES, MAXIMUM, Digits, load_digits
+from poise.launch.signals import Interrupted
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +164,32 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path):
     for root in (tmp_path / "file", pathlib.Path("/proc/poise")):
         with pytest.raises(DataError, match=f"cannot be prepared in {root}{os.sep}digits"):
             load_digits(root)
+
+
+@pytest.mark.parametrize("reading", [1, 2])
+def test_a_stop_while_reading_leaves_the_set_alone(copy, monkeypatch, capsys, reading):
+    """At the first reading, and at the second, which follows where another process was quicker."""
+    as_data_source, readings = Digits.as_data_source, []
+
+    def stopped(self, *arguments, **options):
+        readings.append(arguments)
+        if len(readings) == reading:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif len(readings) < reading:
+            raise ValueError("not ready")
+        return as_data_source(self, *arguments, **options)
+
+    def stop(signum, frame):
+        raise Interrupted(signum)
+
+    before = sorted((path, path.stat().st_mtime_ns) for path in (copy / "digits").rglob("*"))
+    monkeypatch.setattr(Digits, "as_data_source", stopped)
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        with pytest.raises(Interrupted, match="stopped"):
+            load_digits(copy)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert len(readings) == reading
+    assert sorted((path, path.stat().st_mtime_ns) for path in (copy / "digits").rglob("*")) == before
+    assert capsys.readouterr().err == ""

@@ -1,5 +1,6 @@
 """Signals become a request; the second Ctrl-C ends the process at once."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,6 +38,11 @@ with stop_on_signals() as stop:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "first True\n"
     assert done.returncode == -signal.SIGINT
+
+
+def test_code_that_catches_errors_does_not_catch_a_stop():
+    with pytest.raises(Interrupted, match="stopped"), contextlib.suppress(Exception):
+        raise Interrupted(signal.SIGTERM)
 
 
 def test_other_threads_change_nothing():
