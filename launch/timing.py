@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from poise.launch.writers import writing
+
 
 class TimingLog:
     """``timing.jsonl``: seconds a phase has taken and its rate, a row every few seconds and at every checkpoint.
 
     Durations come from a clock that never goes back; only the field ``time`` is the wall clock's. Rows of a run that
-    was stopped and repeated stay.
+    was stopped and repeated stay. What can't be written raises :class:`poise.launch.writers.WriteError`.
 
     Args:
       path: the file.
@@ -62,10 +64,11 @@ class TimingLog:
 
     def _write(self, step: int, **facts: str | float) -> None:
         row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), "time": time.time(), **facts}
-        if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with writing(self._path):
+            if self._file is None:
+                self._file = self._path.open("a", encoding="utf-8")
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
         if facts.get("event") != "checkpoint":
             self._step, self._wrote = step, self._clock()
 
@@ -73,4 +76,5 @@ class TimingLog:
         """Closes the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            file.close()
+            with writing(self._path):
+                file.close()

@@ -102,7 +102,7 @@ class JsonLinesWriter:
 
     def begin(self, phases: Sequence[str], restored: tuple[str, int] | None) -> None:
         """Cuts the file back and opens it."""
-        with _writing(self._path):
+        with writing(self._path):
             truncate_jsonl(self._path, phases, restored)
             self._file = self._path.open("a", encoding="utf-8")
 
@@ -110,7 +110,7 @@ class JsonLinesWriter:
         """Appends a line."""
         assert self._file is not None, "begin comes first"
         row = json.dumps({"phase": phase, "step": step, **values}, allow_nan=False)
-        with _writing(self._path):
+        with writing(self._path):
             self._file.write(row + "\n")
 
     def images(self, phase: str, step: int, images: Mapping[str, np.ndarray]) -> None:
@@ -119,7 +119,7 @@ class JsonLinesWriter:
     def flush(self) -> None:
         """Forces the lines to the disk."""
         if self._file is not None:
-            with _writing(self._path):
+            with writing(self._path):
                 self._file.flush()
                 os.fsync(self._file.fileno())
 
@@ -127,11 +127,13 @@ class JsonLinesWriter:
         """Closes the file."""
         if self._file is not None:
             file, self._file = self._file, None
-            with _writing(self._path):
+            with writing(self._path):
                 file.close()
 
 
-class _writing:
+class writing:
+    """Says of an ``OSError`` below which file can't be written, and why, as a :class:`WriteError`."""
+
     def __init__(self, path: pathlib.Path):
         self._path = path
 

@@ -7,6 +7,7 @@ import pytest
 
 from poise.launch.progress import Console, duration, headline
 from poise.launch.timing import TimingLog
+from poise.launch.writers import WriteError
 
 
 class Clock:
@@ -99,3 +100,16 @@ def test_timing_rows(tmp_path):
         (21, 26.0, None, 1.0),
     ]
     assert all(row["phase"] == "teacher" and row["time"] > 0 for row in rows)
+
+
+def test_timing_that_can_not_be_written_is_named(tmp_path):
+    full = TimingLog("/dev/full")
+    full.start("teacher", 0.0)
+    for write in (full.row, full.saved):
+        with pytest.raises(WriteError, match="/dev/full can't be written: No space left on device"):
+            write(1)
+    with pytest.raises(WriteError, match="/dev/full can't be written: No space left on device"):
+        full.close()
+    full.close()
+    with pytest.raises(WriteError, match=f"{tmp_path} can't be written: Is a directory"):
+        TimingLog(tmp_path).row(1)
