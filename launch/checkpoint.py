@@ -343,10 +343,12 @@ class _saving:
 
 def _checkpoints(path: pathlib.Path) -> Iterator[pathlib.Path]:
     """The checkpoints at or under a path, newest first: one checkpoint, a phase, or a run's folder."""
-    if path.name.isdecimal():
+    root = path
+    if (path / "checkpoints").is_dir():  # a run's folder may have a number for a name, too
+        root = path / "checkpoints"
+    elif path.name.isdecimal():
         yield path
         return
-    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     folders = sorted((folder for folder in root.glob("[0-9][0-9]*_*") if folder.is_dir()), reverse=True) or [root]
     for folder in folders:
         yield from (folder / str(step) for step in saved_steps(folder))

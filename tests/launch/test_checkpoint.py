@@ -321,6 +321,11 @@ def test_a_tree_is_restored_without_knowing_it(run, where):
     np.testing.assert_array_equal(jax.random.key_data(tree["key"]), jax.random.key_data(state.key))
 
 
+def test_a_run_whose_name_is_a_number_is_no_checkpoint(original, tmp_path):
+    shutil.copytree(original, tmp_path / "0")
+    np.testing.assert_array_equal(restore_tree(tmp_path / "0")["params"]["linear/w"], make(115).params["linear/w"])
+
+
 def test_a_tree_that_is_damaged_or_not_there_is_named(run, tmp_path):
     damage_step(run, 1, 15)
     with pytest.raises(CheckpointError, match="15 is damaged"):
