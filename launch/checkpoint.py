@@ -29,6 +29,7 @@ from poise.launch.manifest import (
     read_frozen_manifest,
     read_leaves,
     read_meta,
+    reading,
     save_args,
     saved_steps,
 )
@@ -107,10 +108,11 @@ class CheckpointStore:
     def restore_newest(
         self, layouts: Sequence[Layout], sharding: Any, make_frozen: MakeFrozen | None = None
     ) -> Restored | None:
-        """The newest checkpoint that can be read, or None where the run must start afresh.
+        """The newest checkpoint that is whole, or None where there is none yet.
 
-        A damaged checkpoint is put aside under ``damaged/``, with a note, and the one before it is tried, back to the
-        end of the phase before and so on. Damaged frozen leaves are made again where that gives the very same bits.
+        Where the newest is damaged, the one before it is tried, back to the end of the phase before and so on; once one
+        is found, the damaged ones are put aside under ``damaged/``, each with a note. Damaged frozen leaves are made
+        again where that gives the very same bits.
 
         Args:
           layouts: of every phase's state.
@@ -120,10 +122,11 @@ class CheckpointStore:
 
         Raises:
           CheckpointError: if a checkpoint is in order but belongs to another run: other phases, another seed, or states
-            of another shape. Nothing is put aside then.
+            of another shape. Also if the system doesn't let one be read, and if all of them are damaged. No
+            checkpoint is put aside then, and starting afresh takes moving them away.
         """
         reader = _Reader(tuple(layouts), sharding, make_frozen)
-        with quiet_orbax():
+        with quiet_orbax(), reading(self.directory):
             self._clean()
             self._check_phases()
             return self._restore_newest(reader)
@@ -136,18 +139,25 @@ class CheckpointStore:
                 raise CheckpointError(f"{path} holds a phase that this run has not (its phases are {names})")
 
     def _restore_newest(self, reader: _Reader) -> Restored | None:
-        passed_over = False
+        damaged: list[tuple[pathlib.Path, Damaged]] = []
         for phase in reversed(range(len(self._phases))):
             for step in saved_steps(self._folders[phase]):
                 try:
-                    return self._restore(reader, phase, step)
+                    restored = self._restore(reader, phase, step)
                 except Damaged as error:
-                    path = self.path(phase, step)
+                    damaged.append((self.path(phase, step), error))
+                    continue
+                for path, reason in damaged:
                     self._put_aside(path)
-                    self._log(f"warning: the checkpoint {path} is damaged and was passed over: {error}")
-                    passed_over = True
-        if passed_over:
-            self._log("warning: no checkpoint could be read; the run starts afresh")
+                    self._log(f"warning: the checkpoint {path} is damaged and was passed over: {reason}")
+                return restored
+        if damaged:
+            newest, reason = damaged[0]
+            subject = "the only checkpoint" if len(damaged) == 1 else f"all {len(damaged)} checkpoints"
+            raise CheckpointError(
+                f"{subject} in {self.directory} {'is' if len(damaged) == 1 else 'are'} damaged, the newest, {newest}, "
+                f"because {reason}; move {self.directory} away to start afresh"
+            ) from reason
         return None
 
     def _restore(self, reader: _Reader, phase: int, step: int) -> Restored:
@@ -368,7 +378,7 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
       The state as nested dictionaries, with its frozen part.
 
     Raises:
-      CheckpointError: if there is no checkpoint, or it is damaged.
+      CheckpointError: if there is no checkpoint, or it is damaged, or the system doesn't let it be read.
 
     Example:
       >>> import tempfile
@@ -388,7 +398,7 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
     checkpoint = next(_checkpoints(origin), None)
     if checkpoint is None:
         raise CheckpointError(f"there is no checkpoint in {origin}")
-    with quiet_orbax():
+    with quiet_orbax(), reading(checkpoint):
         return _restore_tree(checkpoint)
 
 

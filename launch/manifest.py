@@ -1,11 +1,13 @@
 """What a checkpoint says of itself: every leaf's name, shape, type and checksum, and how it is read and verified."""
 
 import contextlib
+import errno
 import gc
 import hashlib
 import inspect
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -73,8 +75,47 @@ def in_short(error: Exception) -> str:
     return words if len(words) <= 260 else f"{words[:120]} ... {words[-130:]}"
 
 
+def _obstacle(error: BaseException | None) -> str | None:
+    """What the system said, in its words, where it kept a file from being read; None where a file is missing or bad.
+
+    Too many open files, an input/output error or a lack of rights say nothing about what is in a file. Python's own
+    errors tell the number; those of the file format's library have it in their text.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        codes = [int(code) for code in re.findall(r"os_error_code='(\d+)'", str(error))]
+        if isinstance(error, OSError) and error.errno is not None:
+            codes.append(error.errno)
+        for code in codes:
+            if code not in (errno.ENOENT, errno.ENOTDIR):
+                return os.strerror(code)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+class reading:
+    """Says of an ``OSError`` below that it kept a checkpoint from being read, as a :class:`CheckpointError`."""
+
+    def __init__(self, path: pathlib.Path):
+        self._path = path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, OSError) and not isinstance(error, LaunchError):
+            where = error.filename or self._path
+            raise CheckpointError(f"the checkpoint {where} can't be read: {error.strerror or error}") from error
+
+
 def _read(path: pathlib.Path, item: str, args: Any) -> Any:
-    """Restores an item; whatever goes wrong in the libraries below means damage, but not a lack of memory or rights."""
+    """Restores an item; what goes wrong in the libraries below means damage unless memory or the system was in the way.
+
+    Raises:
+      Damaged: if what is there can't be read.
+      CheckpointError: if the system doesn't let it be read, which says nothing about what is there.
+    """
     try:
         with checkpointer() as reader:
             content = reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
@@ -83,9 +124,13 @@ def _read(path: pathlib.Path, item: str, args: Any) -> Any:
         return content
     except MemoryError:
         raise
-    except PermissionError as error:
-        raise CheckpointError(f"the checkpoint {path} can't be read: {error.strerror}") from error
     except Exception as error:
+        obstacle = _obstacle(error)
+        if obstacle is not None:
+            raise CheckpointError(
+                f"the checkpoint {path} can't be read: {obstacle}; nothing was moved, the same command goes on once "
+                "that is mended"
+            ) from error
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = in_short(error)

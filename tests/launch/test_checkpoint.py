@@ -1,6 +1,8 @@
 """Checkpoints come back to the bit, damage is noticed and passed over, other runs' are refused."""
 
+import errno
 import json
+import os
 import pathlib
 import shutil
 from typing import Any, NamedTuple
@@ -9,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from poise.launch.checkpoint import CheckpointStore, restore_tree
@@ -211,22 +214,87 @@ def damage_step(run, phase, step):
         damage_truncate(file)
 
 
-def test_back_to_the_phase_before_and_to_a_fresh_start(run):
+def test_back_to_the_phase_before_but_not_to_a_fresh_start(run):
     said = []
-    expected = [(1, 10), (0, 10), (0, 5), None]
-    for broken, place in zip([(1, 15), (1, 10), (0, 10), (0, 5)], expected, strict=True):
+    expected = [(1, 10), (0, 10), (0, 5)]
+    for broken, place in zip([(1, 15), (1, 10), (0, 10)], expected, strict=True):
         damage_step(run, *broken)
         assert restore(run, log=said) == place
-    assert [text.split(" is damaged")[0].split("/")[-2:] for text in said[:4]] == [
+    assert [text.split(" is damaged")[0].split("/")[-2:] for text in said] == [
         ["01_student", "15"],
         ["01_student", "10"],
         ["00_teacher", "10"],
-        ["00_teacher", "5"],
     ]
-    assert "starts afresh" in said[4]
-    # the run goes on from there: what was put aside is in nobody's way
+    damage_step(run, 0, 5)
+    folder = run / "checkpoints"
+    words = f"only checkpoint in {folder} is damaged, .*00_teacher/5, because .+; move {folder} away to start afresh"
+    for _ in range(2):  # nothing changed by asking
+        with pytest.raises(CheckpointError, match=words):
+            restore(run, log=said)
+    assert len(said) == 3
+    # once one is there again the run goes on: what was put aside is in nobody's way
+    shutil.rmtree(folder / "00_teacher" / "5")
     save(run, ALL)
     assert restore(run) == (1, 15)
+
+
+def test_all_of_them_damaged_is_said_and_nothing_is_moved(run):
+    (frozen,) = (run / "checkpoints" / "frozen").iterdir()
+    for phase, step in [(0, 5), (0, 10), (1, 10), (1, 15)]:
+        damage_step(run, phase, step)
+    before = files(run)
+    with pytest.raises(
+        CheckpointError, match=r"all 4 checkpoints in .* are damaged, the newest, .*01_student/15, beca"
+    ):
+        restore(run)
+    assert files(run) == before
+    assert frozen.is_dir()
+
+
+SYSTEM = [errno.EMFILE, errno.EIO, errno.EACCES, errno.ESTALE]
+
+
+@pytest.mark.parametrize("code", SYSTEM, ids=errno.errorcode.get)
+@pytest.mark.parametrize("handler", ["JsonCheckpointHandler", "StandardCheckpointHandler"])
+def test_what_the_system_refuses_is_no_damage(run, monkeypatch, code, handler):
+    """As Python says it and as the array format's library does; with a reason behind another error, too."""
+    errors = [
+        OSError(code, os.strerror(code)),
+        ValueError(f"UNKNOWN: Failed to open: {os.strerror(code)} [os_error_code='{code}'] [tensorstore_spec='{{}}']"),
+        RuntimeError("while reading"),
+    ]
+    errors[2].__cause__ = errors[0]
+    before = files(run)
+    newest = run / "checkpoints" / "01_student" / "15"
+    for error in errors:
+
+        def refuse(*arguments, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(getattr(ocp, handler), "restore", refuse)
+        for read in (restore, restore_tree):
+            with pytest.raises(CheckpointError, match=f"{newest} can't be read: {os.strerror(code)}"):
+                read(run)
+        monkeypatch.undo()
+    assert files(run) == before
+    assert restore(run) == (1, 15)
+
+
+def test_a_folder_that_can_not_be_listed_is_named(run, monkeypatch):
+    folder = run / "checkpoints" / "01_student"
+    iterdir = pathlib.Path.iterdir
+
+    def refuse(path):
+        if path == folder:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return iterdir(path)
+
+    before = files(run)
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    with pytest.raises(CheckpointError, match=f"{folder} can't be read: Input/output error"):
+        restore(run)
+    monkeypatch.undo()
+    assert files(run) == before
 
 
 def test_a_damaged_frozen_part_leads_back_to_the_phase_before(run):
@@ -297,8 +365,6 @@ def test_a_moved_checkpoint_is_noticed(run):
 
 
 def test_a_disk_that_is_full_is_named_and_earlier_checkpoints_stay(run, monkeypatch):
-    import orbax.checkpoint as ocp
-
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 

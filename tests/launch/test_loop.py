@@ -231,14 +231,21 @@ def test_a_damaged_frozen_part_is_made_again(undisturbed, tmp_path, capsys):
     assert_same_run(tmp_path, undisturbed)
 
 
-def test_all_checkpoints_gone_is_a_fresh_start(undisturbed, tmp_path, capsys):
+def test_all_checkpoints_damaged_takes_nothing_else_away(undisturbed, tmp_path):
     with pytest.raises(Crash):
         tiny.run(tmp_path, writers=[tiny.At(10, crash)])
     for file in (tmp_path / "checkpoints").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert len(rows(tmp_path)) >= 5
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=f"00_teacher/5, because .*move {tmp_path / 'checkpoints'} away"):
+            tiny.run(tmp_path)
+        after = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+        assert after == before
+    (tmp_path / "checkpoints").rename(tmp_path / "away")
     assert tiny.run(tmp_path).restored is None
-    assert "starts afresh" in capsys.readouterr().err
     assert_same_run(tmp_path, undisturbed)
 
 
