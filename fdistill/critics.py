@@ -40,8 +40,12 @@ def critic_updates(
     steps = {"x": x, "xt": xt, "sigma": fake.sigma, "labels": fake.labels}
     if networks.learns_ratio:
         real = _merge(draw(both[:, 1], image))
-        steps["real_sigma"], steps["real_labels"] = real.sigma, None if label is None else _merge(label)
-        seen = {"fake": (xt, fake.sigma, fake.labels)}
+        steps["real_sigma"], steps["real_labels"] = (
+            real.sigma,
+            None if label is None else _label_vectors(networks, label),
+        )
+        vectors = fake.labels if label is None else jax.nn.one_hot(fake.labels, networks.label_dim, dtype=x.dtype)
+        seen = {"fake": (xt, fake.sigma, vectors)}
         noised = real.noised(_merge(image))
         seen["real"] = (noised, real.sigma, steps["real_labels"])
         if config.r1_weight > 0:
@@ -59,7 +63,8 @@ def _update(networks: Networks, state: FDistillState, step: PyTree) -> tuple[FDi
 
     def fake_objective(params):
         x0 = networks.denoise(state, params, step["xt"], step["sigma"], step["labels"])
-        return fake_score_loss(x0, step["x"], step["sigma"], config.sigma_data, config.fake_weighting)
+        loss = fake_score_loss(x0, step["x"], step["sigma"], config.sigma_data, config.fake_weighting)
+        return mean_over(axis_name, loss)
 
     def head_objective(params):
         def logits(name):
@@ -71,18 +76,26 @@ def _update(networks: Networks, state: FDistillState, step: PyTree) -> tuple[FDi
         loss = config.discriminator_weight * gan_losses(real, fake).discriminator
         if config.r1_weight > 0:
             loss = loss + config.r1_weight * approx_r1(real, logits("perturbed"))
-        return loss, {"logit_real": real.mean(), "logit_fake": fake.mean()}
+        return mean_over(axis_name, (loss, {"logit_real": real.mean(), "logit_fake": fake.mean()}))
 
-    fake_loss, fake_grads = mean_over(axis_name, jax.value_and_grad(fake_objective)(state.fake))
+    fake_loss, fake_grads = jax.value_and_grad(fake_objective)(state.fake)
+    fake_grads = mean_over(axis_name, fake_grads)
     updates, fake_opt = optimizers.fake.update(fake_grads, state.fake_opt, state.fake)
     metrics = {"fake_loss": fake_loss, "fake_grad_norm": optax.tree.norm(fake_grads)}
     new = state._replace(fake=optax.apply_updates(state.fake, updates), fake_opt=fake_opt)
     if networks.learns_ratio:
-        (loss, logits), grads = mean_over(axis_name, jax.value_and_grad(head_objective, has_aux=True)(state.head))
+        (loss, logits), grads = jax.value_and_grad(head_objective, has_aux=True)(state.head)
+        grads = mean_over(axis_name, grads)
         updates, head_opt = optimizers.head.update(grads, state.head_opt, state.head)
         metrics |= {"discriminator_loss": loss, "head_grad_norm": optax.tree.norm(grads), **logits}
         new = new._replace(head=optax.apply_updates(state.head, updates), head_opt=head_opt)
     return new, metrics
+
+
+def _label_vectors(networks: Networks, label: Array) -> Array:
+    """Real images' labels ``[k, B]`` or ``[k, B, classes]`` as merged vectors, which one call takes for both kinds."""
+    vectors = jax.nn.one_hot(label, networks.label_dim) if label.ndim == 2 else label
+    return _merge(vectors)
 
 
 # Batches are merged with the examples' axis outermost: where it is split over devices, each keeps what it has.

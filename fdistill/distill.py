@@ -90,18 +90,22 @@ def f_distill(
       Xu, Nie, Vahdat, *One-step Diffusion Models with f-Divergence Distribution Matching*,
       https://arxiv.org/abs/2502.15681; Yin et al., *Improved Distribution Matching Distillation for Fast Image
       Synthesis* (DMD2), https://arxiv.org/abs/2405.14867. The authors' released code normalises ratios over bins that
-      are linear in sigma (``bins="linear"``, ``bins_decay=0``); the default here is bins of equal probability with a
-      running mean.
+      are linear in sigma, by the batch alone (``bins="linear"``, ``bins_decay=0``), and weighs the fake score's loss by
+      1; the defaults here are bins of equal probability with a running mean, and DMD2's weight. Its whole weighting, to
+      the last small constant, is :func:`poise.fdistill.fastgen_weight`.
     """
     if (teacher is None) == (start is None):
         raise ValueError(
             "exactly one of teacher and start must be given, got " + ("neither" if start is None else "both")
         )
     networks = Networks(net, head, config, optimizers, feature_levels, axis_name)
+    if config.guidance_scale != 1.0 and not networks.label_dim:
+        raise ValueError(f"guidance_scale must be 1 for a network without classes, got {config.guidance_scale}")
 
     def init(key: PRNGKeyArray, batch: Batch) -> FDistillState:
         if start is not None:
             return start
+        assert teacher is not None
         variables = dict(teacher)
         params = variables["params"]
         image, labels = batch["image"][0, :1], batch.get("label")
@@ -126,6 +130,11 @@ def f_distill(
         if image.shape[0] != config.fake_updates:
             raise ValueError(
                 f"batch must hold fake_updates = {config.fake_updates} batches on its first axis, got {image.shape[0]}"
+            )
+        if bool(networks.label_dim) != (batch.get("label") is not None):
+            raise ValueError(
+                f"batch must hold 'label' if and only if the network has classes; the network has {networks.label_dim}, "
+                f"the batch holds {sorted(batch)}"
             )
         batch_size = image.shape[1] * sum_over(axis_name, 1)
         if batch_size < 2:

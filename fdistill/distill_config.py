@@ -27,10 +27,13 @@ class FDistillConfig:
       num_bins: the number of bins.
       bins_decay: the decay of each bin's running mean; 0 uses the batch alone.
       ratio_clip: bound on the log density ratio.
-      gan_weight: weight of the student's adversarial loss; 0 is allowed.
+      ratio_range: bounds on the density ratio itself, after that, as the official code has them; None for none.
+      gan_weight: weight of the student's adversarial loss; 0 is allowed, since the head is trained by a loss of its own
+        (the paper's runs without adversarial loss).
       discriminator_weight: weight of the head's loss. It trains the ratio, so only reverse-KL can do without.
       r1_weight: weight of the approximate R1 penalty on the head; 0 leaves it out.
-      r1_noise: standard deviation of the penalty's perturbation.
+      r1_noise: standard deviation of the penalty's perturbation, of the noised real image (the official code perturbs
+        the clean one).
       fake_weighting: weight of the fake score's loss: ``"edm"`` is $1/\sigma^2 + 1/\sigma_d^2$, ``"none"`` is 1.
       sigma_data: the data's standard deviation.
       guidance_scale: classifier-free guidance of the teacher; 1 is none.
@@ -61,6 +64,7 @@ class FDistillConfig:
     num_bins: int = 10
     bins_decay: float = 0.9
     ratio_clip: float = 10.0
+    ratio_range: tuple[float, float] | None = (0.1, 20.0)
     gan_weight: float = 1e-3
     discriminator_weight: float = 1.0
     r1_weight: float = 0.0
@@ -98,6 +102,8 @@ class FDistillConfig:
                 f"min_level and max_level must satisfy 0 <= min_level <= max_level <= 999, "
                 f"got {self.min_level} and {self.max_level}"
             )
+        if self.ratio_range is not None and not 0 < self.ratio_range[0] < self.ratio_range[1] < math.inf:
+            raise ValueError(f"ratio_range must be 0 < low < high or None, got {self.ratio_range}")
         if not 0 <= self.bins_decay < 1:
             raise ValueError(f"bins_decay must be in [0, 1), got {self.bins_decay}")
         for name, allowed in (("bins", _BINS), ("fake_weighting", _WEIGHTINGS)):

@@ -218,7 +218,7 @@ def normalize_log_ratio(
     moved = jnp.logaddexp(jnp.log(decay) + log_mean, jnp.log1p(-decay) + batch_log_mean)
     log_mean = jnp.where(filled, moved, log_mean)
     normalized = ell - jnp.logaddexp(log_mean, _log(eps))[index]
-    return normalized, RatioBins(log_mean), jnp.exp(batch_log_mean)
+    return normalized, RatioBins(log_mean.astype(bins.log_mean.dtype)), jnp.exp(batch_log_mean)
 
 
 def normalized_weight(

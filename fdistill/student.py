@@ -43,7 +43,7 @@ def student_update(
         x0_real, features = networks.net.apply(teacher, xt, sigma, labels, feature_levels=networks.feature_levels)
         x0_real, fixed = jax.lax.stop_gradient((x0_real, xt))
         x0_fake = networks.denoise(state, state.fake, fixed, sigma, labels)
-        if config.guidance_scale != 1.0 and networks.label_dim:
+        if config.guidance_scale != 1.0:
             nothing = jnp.zeros((x.shape[0], networks.label_dim), x.dtype)
             x0_null = networks.denoise(state, teacher["params"], fixed, sigma, nothing)
             x0_real = guided(x0_real, x0_null, config.guidance_scale)
@@ -57,7 +57,8 @@ def student_update(
         metrics |= mean_over(
             networks.axis_name, {"matching_norm": jnp.abs(gradient).mean(), "generator_loss": generator_loss}
         )
-        return surrogate_loss(x, gradient) + config.gan_weight * generator_loss, (bins, metrics)
+        loss = surrogate_loss(x, gradient) + config.gan_weight * generator_loss
+        return mean_over(networks.axis_name, loss), (bins, metrics)
 
     grads, (bins, metrics) = jax.grad(objective, has_aux=True)(state.student)
     grads = mean_over(networks.axis_name, grads)
@@ -74,7 +75,7 @@ def student_update(
 def _weight(networks: Networks, logits: Array, sigma: Array, bins: RatioBins) -> tuple[Array, RatioBins, Metrics]:
     """Each example's weight, from the head's logits."""
     config, axis_name = networks.config, networks.axis_name
-    ratio = log_ratio(logits, config.ratio_clip)
+    ratio = log_ratio(logits, config.ratio_clip, config.ratio_range)
     metrics: Metrics = {}
     if config.bins != "none":
         sigma_range = (config.sigma_min, config.sigma_max)

@@ -136,14 +136,16 @@ def edm_teacher(
                 rngs = {"dropout": dropout_key, "label_dropout": jax.random.fold_in(dropout_key, 1)}
                 return net.apply(variables, x, levels, label, train=True, rngs=rngs)
 
-            return edm_loss(denoise, image, sigma, noise, sigma_data).sum() / image.shape[0]
+            loss = edm_loss(denoise, image, sigma, noise, sigma_data).sum() / image.shape[0]
+            return mean_over(axis_name, loss)  # inside, so that shard_map's own sums of gradients come out right
 
         loss, grads = jax.value_and_grad(objective)(state.params)
-        loss, grads = mean_over(axis_name, (loss, grads))
+        grads = mean_over(axis_name, grads)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         global_batch = image.shape[0] * sum_over(axis_name, 1)
-        decay = ema_decay(state.step * global_batch, global_batch, ema_halflife, ema_rampup)
+        images_seen = state.step.astype(jnp.float32) * global_batch  # billions, more than an int32 holds
+        decay = ema_decay(images_seen, global_batch, ema_halflife, ema_rampup)
         new_state = TeacherState(
             params, opt_state, update_ema(state.ema, params, decay), state.constants, state.step + 1
         )

@@ -17,6 +17,7 @@ from typing import Any, NoReturn, TypeVar
 from absl import flags
 
 from poise.launch.errors import LaunchError
+from poise.launch.files import atomic_path
 
 ROLES = ("run", "execution")
 RESERVED = ("help", "flagfile", "undefok")
@@ -378,21 +379,6 @@ def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
 
 
-def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a small file so that it is there whole or not at all, whenever the process or the machine stops."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        pathlib.Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Makes a run's folder where there is none and makes sure that it can be written to.
 
@@ -458,7 +444,8 @@ def settle_config(config: Any, workdir: str | os.PathLike[str]) -> None:
         if previous == current:
             return
     try:
-        write_atomically(path, json.dumps(current, indent=2) + "\n")
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 

@@ -28,7 +28,7 @@ class DistillConfig:
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
     data_dir: str = field("", "folder of prepared data sets; empty: <workdir>/data", role="execution")
-    seed: int = field(0, "seed of the run: parameters, data order and noise", minimum=0)
+    seed: int = field(0, "seed of the run: parameters, data order and noise", minimum=0, maximum=2**32 - 1)
 
     model_channels: int = field(16, "channels of the U-Net's finest level", minimum=4)
     channel_mult: tuple[int, ...] = field((1, 2), "channel multiplier of each level, finest first", minimum=1)
@@ -44,10 +44,10 @@ class DistillConfig:
 
     divergence: str = field("jensen_shannon", "the f-divergence that is lowered", choices=DIVERGENCES)
     steps: int = field(
-        400, "updates of the student; more than before extends a finished run", role="execution", minimum=1
+        300, "updates of the student; more than before extends a finished run", role="execution", minimum=1
     )
     warmup_steps: int = field(200, "updates of the critics before the student moves", minimum=0)
-    decay_steps: int = field(400, "updates after which the student's learning rate has reached its floor", minimum=1)
+    decay_steps: int = field(300, "updates after which the student's learning rate has reached its floor", minimum=1)
     batch_size: int = field(128, "images per update of student and critics", minimum=2)
     fake_updates: int = field(5, "critic updates per update of the student", minimum=1)
     learning_rate: float = field(1e-3, "the student's peak learning rate (cosine to a tenth)", exclusive_minimum=0.0)
@@ -71,6 +71,22 @@ class DistillConfig:
     def __post_init__(self):
         """Checks each field, and those that belong together."""
         validate(self)
+        levels, size = len(self.channel_mult), 8  # the digits' height and width
+        if not levels or size % 2 ** (levels - 1):
+            raise ConfigError(
+                f"channel_mult must have 1 to 4 entries, since images of {size}x{size} are halved between levels, "
+                f"got {levels}"
+            )
+        resolutions = [size >> level for level in range(levels)]
+        if not set(self.attn_resolutions) <= set(resolutions):
+            raise ConfigError(
+                f"attn_resolutions must be among the network's resolutions {', '.join(map(str, resolutions))}, "
+                f"got {', '.join(map(str, self.attn_resolutions))}"
+            )
+        if self.model_channels % 4 or (self.model_channels > 128 and self.model_channels % 128):
+            raise ConfigError(
+                f"model_channels must be a multiple of 4, above 128 one of 128, got {self.model_channels}"
+            )
         if not self.sigma_min < self.sigma_max:
             raise ConfigError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
 

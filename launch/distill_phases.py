@@ -68,6 +68,7 @@ def distill_phases(
         fake_updates=config.fake_updates,
         bins=config.bins,
         bins_decay=config.bins_decay,
+        ratio_range=None,  # these settings were found with bounded log-ratios alone
         gan_weight=config.gan_weight,
         sigma_data=sigma_data,
         ema_decays=(config.ema_decay,),

@@ -99,6 +99,7 @@ def write_results(
         "versions": _versions(),
         "devices": [device.device_kind for device in jax.devices()],
         "seed": config.seed,
+        "student_updates": int(result.state.step),
     }
     with atomic_path(workdir / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
@@ -108,7 +109,7 @@ def write_results(
         f"teacher, {config.sampler_steps} Heun steps ({report['teacher']['nfe']} evaluations)": shown["teacher"],
         "student, 1 step (1 evaluation)": shown["student"],
     }
-    title = f"f-distill ({config.divergence.replace('_', '-')}) after {config.steps} student updates"
+    title = f"f-distill ({config.divergence.replace('_', '-')}) after {report['student_updates']} student updates"
     samples_picture(workdir / "samples.png", groups, class_names, judge.scale.maximum, title)
     curves_picture(workdir / "distill.png", workdir / "metrics.jsonl", report, title)
     print(table(report), flush=True)

@@ -1,6 +1,7 @@
 """The one training loop: phases of jitted steps, with metrics, evaluations and checkpoints in a fixed order.
 
-Each step goes: batch -> step -> its row of metrics -> evaluation, if due -> checkpoint, if due. A checkpoint of step
+Each step goes: batch -> step -> evaluation, if due -> its row, with the evaluation's figures as ``eval/...`` ->
+pictures, if due -> checkpoint, if due; what isn't finite ends the run before the evaluation. A checkpoint of step
 ``s`` therefore stands for everything up to ``s``, its evaluation included, and every row up to ``s`` is on disk before
 the checkpoint is. A run that goes on from it drops later rows and does the same again. Rows are fetched one step late,
 so that the devices are never waited for.
@@ -52,11 +53,6 @@ class FitResult(NamedTuple):
     steps_trained: int
     restored: tuple[str, int] | None
 
-    @property
-    def trained(self) -> bool:
-        """Whether this call trained anything."""
-        return self.steps_trained > 0
-
 
 def fit(
     phases: Sequence[Phase],
@@ -77,10 +73,10 @@ def fit(
     Batches, keys and checkpoints are such that a run which was killed at any moment and started again ends with the
     very bits of one that was not: parameters, metrics and evaluations. The key of a step is
     ``poise.core.step_key(seed, phase, step)``. Every phase is saved at its end. SIGINT or SIGTERM stop the run after
-    the step under way.
+    the step under way; after the last step they are answered once everything is saved.
 
-    The folder gets ``metrics.jsonl`` (a row a step), ``timing.jsonl`` (wall-clock), ``checkpoints/`` and, where
-    tensorboardX is installed, ``tensorboard/``.
+    The folder gets ``metrics.jsonl`` (exactly one row a step, with an evaluation's figures in the row of its step),
+    ``timing.jsonl`` (wall-clock), ``checkpoints/`` and, where tensorboardX is installed, ``tensorboard/``.
 
     Args:
       phases: in order; only the last one may be made longer for a run that has come past the others.
@@ -140,6 +136,8 @@ def fit(
                 run.close()
             raise
         run.close()
+        if stop.signum is not None:  # came after the last step, where nothing is left but saving
+            raise Interrupted(stop.signum, "stopped after the last phase, with everything saved")
         return result
 
 
@@ -262,18 +260,17 @@ class _Run:
             self.steps_trained += 1
             pending, before = _Pending(step, metrics, finite), pending
             if before is not None:
-                self.report(program, before)
+                self.report(index, program, before)
             evaluation = self.evaluation_due(phase, step)
             save = self.save_due(step, phase.num_steps)
-            if evaluation or save or self.stop:
-                self.report(program, pending)
-                pending = None
-            if evaluation:
-                self.evaluate(index, phase, step, layout.merge(live, frozen))
-            if save or self.stop:
+            leaving = bool(self.stop)  # looked at once, lest a step be saved whose row isn't written
+            if evaluation or save or leaving:
+                self.report(index, program, pending, evaluation, layout.merge(live, frozen) if evaluation else None)
+                pending, leaving = None, bool(self.stop)
+            if save or leaving:
                 self.save(index, layout, live, frozen, step)
                 saved = step
-            if self.stop:
+            if leaving:
                 self.store.wait()
                 self.leave(f"and saved after step {step} of phase {phase.name!r}")
             self.store.check()
@@ -291,8 +288,27 @@ class _Run:
         by_time = self.save_every_seconds and self.timing.since_save >= self.save_every_seconds
         return bool(by_steps or by_time or step == num_steps)
 
-    def report(self, program: Program, pending: _Pending) -> None:
-        """Writes a step's row, after making sure that everything in it and in the state is finite."""
+    def report(
+        self, index: int, program: Program, pending: _Pending, evaluation: bool = False, state: State | None = None
+    ) -> None:
+        """Writes a step's row; where an evaluation is due it evaluates and draws the state after the step."""
+        phase = program.phase
+        values = self.fetch(program, pending)
+        if evaluation and phase.evaluate is not None:
+            figures = phase.evaluate(state, step_key(self.seed, _EVALUATE + index, pending.step))
+            values |= {f"eval/{name}": _figure(value) for name, value in figures.items()}
+        for writer in self.writers:
+            writer.write(phase.name, pending.step, values)
+        self.console.update(pending.step, values)
+        self.timing.row(pending.step)
+        if evaluation and phase.render is not None:
+            images = phase.render(state, step_key(self.seed, _RENDER + index, pending.step))
+            pictures = {name: np.asarray(image) for name, image in images.items()}
+            for writer in self.writers:
+                writer.images(phase.name, pending.step, pictures)
+
+    def fetch(self, program: Program, pending: _Pending) -> dict[str, Any]:
+        """A step's metrics, after making sure that everything in them and in the state is finite."""
         metrics, finite = jax.device_get((pending.metrics, pending.finite))
         name = program.phase.name
         if not finite.all():
@@ -303,25 +319,7 @@ class _Run:
                 f"{bad[0]}{more} is not finite after step {pending.step} of phase {name!r}; nothing of it was "
                 "saved, the last checkpoint is from before"
             )
-        values = {key: host_scalar(value) for key, value in metrics.items()}
-        for writer in self.writers:
-            writer.write(name, pending.step, values)
-        self.console.update(pending.step, values)
-        self.timing.row(pending.step)
-
-    def evaluate(self, index: int, phase: Phase, step: int, state: State) -> None:
-        if phase.evaluate is not None:
-            figures = phase.evaluate(state, step_key(self.seed, _EVALUATE + index, step))
-            values = {f"eval/{name}": _figure(value) for name, value in figures.items()}
-            for writer in self.writers:
-                writer.write(phase.name, step, values)
-        if phase.render is not None:
-            pictures = {
-                name: np.asarray(image)
-                for name, image in phase.render(state, step_key(self.seed, _RENDER + index, step)).items()
-            }
-            for writer in self.writers:
-                writer.images(phase.name, step, pictures)
+        return {key: host_scalar(value) for key, value in metrics.items()}
 
     def save(self, index: int, layout: Layout, live: tuple[Any, ...], frozen: tuple[Any, ...], step: int) -> None:
         for writer in self.writers:

@@ -27,7 +27,10 @@ class Writer(Protocol):
         ...
 
     def write(self, phase: str, step: int, values: Values) -> None:
-        """Numbers by name after a step, from 1: scalars, lists of one number a seed, or None for what doesn't apply."""
+        """Numbers by name after a step, from 1: scalars, lists of one number a seed, or None for what doesn't apply.
+
+        It comes once for every step; the figures of an evaluation after the step are among them, as ``eval/...``.
+        """
         ...
 
     def images(self, phase: str, step: int, images: Mapping[str, np.ndarray]) -> None:
@@ -87,7 +90,7 @@ def truncate_jsonl(path: str | os.PathLike[str], phases: Sequence[str], restored
 
 
 class JsonLinesWriter:
-    """``metrics.jsonl``: ``{"phase": name, "step": n, metric: value, ...}``, a line for every step.
+    """``metrics.jsonl``: ``{"phase": name, "step": n, metric: value, ...}``, one line for every step.
 
     Numbers are written so that reading them gives the same bits back. No wall-clock value is in it, so that two runs of
     the same seed can be compared byte for byte.

@@ -202,7 +202,11 @@ def test_eight_devices_give_the_numbers_of_one(bins):
     split = jax.tree.map(lambda x: x.reshape(1, 8, 2, *x.shape[2:]).swapaxes(0, 1), batch)
     pmapped, pmapped_metrics = jax.pmap(mapped.step, axis_name="data", in_axes=(None, 0, None))(state, split, key)
     pmapped, pmapped_metrics = jax.tree.map(lambda x: x[0], (pmapped, pmapped_metrics))
-    for other, other_metrics in ((got, got_metrics), (pmapped, pmapped_metrics)):
+
+    shard = jax.shard_map(mapped.step, mesh=mesh, in_specs=(P(), P(None, "data"), P()), out_specs=(P(), P()))
+    shard_mapped, shard_metrics = jax.jit(shard)(replicated, sharded, key)
+    results = ((got, got_metrics), (pmapped, pmapped_metrics), (shard_mapped, shard_metrics))
+    for other, other_metrics in results:
         assert largest_difference(jax.device_get(expected), jax.device_get(other)) < 1e-5
         assert metrics.keys() == other_metrics.keys()
         for name in metrics:
@@ -241,6 +245,7 @@ def test_guidance_and_r1_change_the_losses_that_they_belong_to():
         ({"sigma_min": 9.0}, "sigma_min"),
         ({"sigma_max": float("inf")}, "sigma_max"),
         ({"ratio_clip": 0.0}, "ratio_clip"),
+        ({"ratio_range": (2.0, 1.0)}, "ratio_range"),
         ({"gan_weight": -1.0}, "gan_weight"),
         ({"discriminator_weight": 0.0}, "discriminator_weight"),
         ({"min_level": 5, "max_level": 4}, "min_level"),
@@ -268,6 +273,32 @@ def test_bad_batches_and_arguments():
         f_distill(NET, HEAD, BASE, OPTIMIZERS)
     with pytest.raises(ValueError, match="both"):
         f_distill(NET, HEAD, BASE, OPTIMIZERS, teacher=teacher(), start=state)
+
+
+def test_labels_and_guidance_must_fit_the_network():
+    algorithm = make()
+    state, *_ = started()
+    with pytest.raises(ValueError, match="if and only if the network has classes"):
+        algorithm.step(state, {"image": make_batch()["image"]}, jax.random.key(0))
+    unconditional = TinyDenoiser(label_dim=0)
+    with pytest.raises(ValueError, match="guidance_scale"):
+        f_distill(unconditional, HEAD, dataclasses.replace(BASE, guidance_scale=2.0), OPTIMIZERS, teacher=teacher())
+
+
+def test_label_vectors_serve_as_well_as_numbers():
+    state, *_ = started()
+    batch = make_batch()
+    vectors = {**batch, "label": jax.nn.one_hot(batch["label"], 3)}
+    one, two = (jax.jit(make().step)(state, b, jax.random.key(2))[0] for b in (batch, vectors))
+    assert largest_difference(one, two) < 1e-6
+
+
+def test_the_teacher_counts_more_images_than_an_int32_holds():
+    algorithm = edm_teacher(NET, optax.sgd(0.0), ema_halflife=5e7)
+    batch = jax.tree.map(lambda x: x[0], make_batch(size=8, cycles=1))
+    state = algorithm.init(jax.random.key(0), batch)._replace(step=jnp.array(600_000_000, jnp.int32))
+    _, metrics = jax.jit(algorithm.step)(state, batch, jax.random.key(1))
+    assert float(metrics["ema_decay"]) == pytest.approx(0.5 ** (8 / 5e7), rel=1e-6)
 
 
 def test_student_starts_as_the_teacher_cut_to_one_step():
@@ -307,9 +338,12 @@ def test_teacher_on_eight_devices_gives_the_numbers_of_one():
     split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
     got, got_metrics = jax.pmap(mapped.step, axis_name="data", in_axes=(None, 0, None))(state, split, jax.random.key(1))
     got, got_metrics = jax.tree.map(lambda x: x[0], (got, got_metrics))
-    assert largest_difference(jax.device_get(expected), jax.device_get(got)) < 1e-5
-    for name in metrics:
-        np.testing.assert_allclose(metrics[name], got_metrics[name], rtol=1e-5, err_msg=name)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    shard = jax.shard_map(mapped.step, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=(P(), P()))
+    for other, other_metrics in ((got, got_metrics), jax.jit(shard)(state, batch, jax.random.key(1))):
+        assert largest_difference(jax.device_get(expected), jax.device_get(other)) < 1e-5
+        for name in metrics:
+            np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["sigma_data", "p_std", "ema_halflife"])

@@ -25,7 +25,12 @@ def written(path, rows, restored=None):
     return writer
 
 
-ROWS = [("b", 1, {"loss": 1.0}), ("b", 2, {"loss": 0.5}), ("b", 2, {"eval/gap": None}), ("a", 1, {"loss": [1.0, 2.0]})]
+ROWS = [
+    ("b", 1, {"loss": 1.0}),
+    ("b", 2, {"loss": 0.5, "eval/gap": None}),
+    ("b", 3, {"loss": 2.0}),
+    ("a", 1, {"loss": [1.0, 2.0]}),
+]
 
 
 def test_rows_are_objects_in_order(tmp_path):
@@ -33,14 +38,14 @@ def test_rows_are_objects_in_order(tmp_path):
     written(path, ROWS).close()
     assert [json.loads(line) for line in path.read_text().splitlines()] == [
         {"phase": "b", "step": 1, "loss": 1.0},
-        {"phase": "b", "step": 2, "loss": 0.5},
-        {"phase": "b", "step": 2, "eval/gap": None},
+        {"phase": "b", "step": 2, "loss": 0.5, "eval/gap": None},
+        {"phase": "b", "step": 3, "loss": 2.0},
         {"phase": "a", "step": 1, "loss": [1.0, 2.0]},
     ]
 
 
 @pytest.mark.parametrize(
-    ("restored", "kept"), [(None, 0), (("b", 1), 1), (("b", 2), 3), (("b", 9), 3), (("a", 1), 4), (("a", 0), 3)]
+    ("restored", "kept"), [(None, 0), (("b", 1), 1), (("b", 2), 2), (("b", 9), 3), (("a", 1), 4), (("a", 0), 3)]
 )
 @pytest.mark.parametrize(
     "tail", ["", '{"phase": "a", "st', '{"phase": "a", "step": 1, "loss": 1.0}', "\x00\x00\n", "7\n"]
@@ -142,7 +147,7 @@ def test_tensorboard_gets_scalars_seeds_and_pictures(tmp_path, monkeypatch):
     writer.close()
     pictures = [("grid", 1, "NHWC"), ("one", 1, "HW")]
     assert [recorder.calls for recorder in Recorder.made] == [
-        [("made", "b", 2), ("loss", 0.5, 2), "flush", "close"],
+        [("made", "b", 2), ("loss", 0.5, 2), ("loss", 2.0, 3), "flush", "close"],
         [("made", "a", 1), ("loss/0", 1.0, 1), ("loss/1", 2.0, 1), *pictures, "flush", "close"],
     ]
     assert isinstance(writer, Writer)
