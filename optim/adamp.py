@@ -1,16 +1,17 @@
 """AdamP: Adam without the radial part of its updates where the weights look scale-invariant."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, ArrayLike, DTypeLike, Int, PyTree
 
-from poise.optim.arguments import check_range, check_real
+from poise.optim.arguments import check_range, check_real, concrete
 from poise.optim.channel_axes import ChannelAxesTree, resolve_channel_axes
-from poise.optim.leaves import is_absent, resolve_mask, sum_dtype, unzip
+from poise.optim.leaves import is_absent, next_count, resolve_mask, sum_dtype, unzip
 from poise.optim.projection import check_projection, positive_root, project_leaf
 
 
@@ -97,6 +98,8 @@ def scale_by_adamp(
     check_range("b2", b2, 0.0, 1.0, open_high=True)
     check_range("weight_decay", weight_decay, 0.0)
     check_projection(delta, wd_ratio, eps, channel_axes)
+    known_eps = concrete(eps)
+    never_zero = known_eps is not None and bool(np.all(known_eps >= np.finfo(np.float32).tiny))
 
     def init(params: PyTree) -> ScaleByAdamPState:
         check_real("params", params)
@@ -106,12 +109,12 @@ def scale_by_adamp(
             nu=optax.tree.zeros_like(params),
         )
 
-    def update(updates: PyTree, state: ScaleByAdamPState, params: PyTree = None, **extra_args: Any):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del extra_args
         if params is None:
             raise ValueError("scale_by_adamp needs the parameters: call update(grads, state, params), got params=None")
         check_real("updates", updates)
-        count = optax.safe_increment(state.count)
+        count = next_count(state.count)
         decay = weight_decay(state.count) if callable(weight_decay) else weight_decay
         specs = resolve_channel_axes(channel_axes, params)
         decays = resolve_mask(mask, params)
@@ -130,9 +133,11 @@ def scale_by_adamp(
             missing_first, missing_second = (
                 -jnp.expm1(count.astype(dtype) * jnp.log1p(-x)) for x in (new_first, new_second)
             )
-            denominator = positive_root(nu_new) / jnp.sqrt(missing_second) + softening
-            zero = denominator == 0  # only where eps is 0 and no gradient has come yet
-            direction = jnp.where(zero, 0, ahead / jnp.where(zero, 1, denominator)) / missing_first
+            denominator = positive_root(nu_new) * (1 / jnp.sqrt(missing_second)) + softening
+            if not never_zero:
+                ahead = jnp.where(denominator == 0, 0, ahead)
+                denominator = jnp.where(denominator == 0, 1, denominator)
+            direction = ahead * (1 / missing_first) / denominator
             step = project_leaf(p, g, direction, spec, delta, ratio, eps, f" at {jax.tree_util.keystr(path)}")
             out = step.update + lam * step.ratio * p.astype(dtype) if decayed else step.update
             return _Leaf(out.astype(g.dtype), mu_new.astype(mu.dtype), nu_new.astype(nu.dtype))
@@ -204,6 +209,6 @@ def adamp(
     return optax.with_extra_args_support(
         optax.chain(
             scale_by_adamp(b1, b2, eps, weight_decay, mask, delta, wd_ratio, nesterov, channel_axes, mu_dtype),
-            optax.scale_by_learning_rate(learning_rate),
+            optax.scale_by_learning_rate(cast(Any, learning_rate)),
         )
     )

@@ -1,5 +1,6 @@
 """Gradient descent whose step sizes come from Armijo's condition, as one compiled loop."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ def check_armijo(options: Armijo) -> None:
 
 def squared_norm(tree: PyTree) -> Array:
     """The sum of squares over all leaves, in float32 at least."""
-    return sum(jnp.sum(jnp.square(leaf.astype(sum_dtype(leaf)))) for leaf in jax.tree.leaves(tree))
+    squares = [jnp.sum(jnp.square(leaf.astype(sum_dtype(leaf)))) for leaf in jax.tree.leaves(tree)]
+    return functools.reduce(jnp.add, squares)
 
 
 def _stepped(x: PyTree, grad: PyTree, step: Array) -> PyTree:

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, ArrayLike, DTypeLike, Int, PyTree
 
 from poise.optim.arguments import check_range
-from poise.optim.leaves import is_absent, sum_dtype, unzip
+from poise.optim.leaves import is_absent, next_count, sum_dtype, unzip
 
 
 class AverageGradientsState(NamedTuple):
@@ -68,7 +68,7 @@ def average_gradients(
     def init(params: PyTree) -> AverageGradientsState:
         return AverageGradientsState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params, dtype=accumulator_dtype))
 
-    def update(updates: PyTree, state: AverageGradientsState, params: PyTree = None, **extra_args: Any):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del params, extra_args
 
         def leaf(g: Any, old: Any) -> _Leaf:
@@ -81,6 +81,6 @@ def average_gradients(
 
         out = jax.tree.map(leaf, updates, state.average, is_leaf=is_absent)
         averages = unzip(lambda x: x.average, out, _Leaf)
-        return unzip(lambda x: x.update, out, _Leaf), AverageGradientsState(optax.safe_increment(state.count), averages)
+        return unzip(lambda x: x.update, out, _Leaf), AverageGradientsState(next_count(state.count), averages)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, KeyPath, SequenceKey
 
 _T = TypeVar("_T")
@@ -64,6 +65,11 @@ def resolve_mask(mask: Any, params: Any) -> Any:
 def sum_dtype(*arrays: Any) -> jnp.dtype:
     """The dtype in which sums over these arrays are taken: theirs, but at least float32."""
     return jnp.promote_types(jnp.result_type(*(a.dtype for a in arrays)), jnp.float32)
+
+
+def next_count(count: Array) -> Array:
+    """One more, but never past the largest integer."""
+    return jnp.asarray(optax.safe_increment(count))
 
 
 def unzip(field_of: Callable[[Any], Any], tree: Any, kind: type) -> Any:

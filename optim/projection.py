@@ -37,10 +37,17 @@ class _Row(NamedTuple):
     weight_update: Array
 
 
+@jax.custom_jvp
 def positive_root(square: Array) -> Array:
-    """The square root, with derivative 0 at 0."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), 0)
+    """The square root of something nonnegative, with derivative 0 at 0."""
+    return jnp.sqrt(square)
+
+
+@positive_root.defjvp
+def _positive_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (square,), (tangent,) = primals, tangents
+    root = positive_root(square)
+    return root, jnp.where(square > 0, tangent / (2 * jnp.where(square > 0, root, 1)), 0)
 
 
 def _quotient(numerator: Array, denominator: Array) -> Array:
@@ -54,12 +61,6 @@ def _cosine(row: _Row, eps: ArrayLike) -> Array:
         jnp.abs(row.weight_grad),
         jnp.maximum(positive_root(row.weight), eps) * jnp.maximum(positive_root(row.grad), eps),
     )
-
-
-def _radial_coefficient(row: _Row, eps: ArrayLike) -> Array:
-    """``c`` in ``u - c p``: the update's length along the weight, over the weight's norm; twice softened by eps."""
-    norm = positive_root(row.weight) + eps
-    return _quotient(_quotient(row.weight_update, norm), norm)
 
 
 def project_leaf(
@@ -86,9 +87,12 @@ def project_leaf(
     largest = jnp.max(_cosine(rows, eps), axis=geometry.channel, keepdims=True)
     by_channel = largest < delta / math.sqrt(geometry.row_size)
     by_layer = jnp.logical_not(by_channel) & (_cosine(layer, eps) < delta / math.sqrt(geometry.slice_size))
-    coefficient = jnp.where(
-        by_channel, _radial_coefficient(rows, eps), jnp.where(by_layer, _radial_coefficient(layer, eps), 0)
-    )
+    # The update loses c p, with c its length along the weight over the weight's norm, softened by eps both times. The
+    # quotient comes last on purpose: XLA fuses cheaper operations into the loop over entries and repeats them there.
+    along = jnp.where(by_channel, rows.weight_update, jnp.where(by_layer, layer.weight_update, 0))
+    norm = positive_root(jnp.where(by_channel, rows.weight, layer.weight)) + eps
+    norm = jnp.where(norm > 0, norm, 1)
+    coefficient = along / norm / norm
     return Projected(
         update=(u - coefficient * p).astype(update.dtype),
         ratio=jnp.where(by_channel | by_layer, wd_ratio, jnp.ones((), dtype)),

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from poise.optim.arguments import check_range
-from poise.optim.leaves import is_absent
+from poise.optim.leaves import is_absent, next_count
 
 
 class ApplyProxState(NamedTuple):
@@ -58,7 +58,7 @@ def apply_prox(
         del params
         return ApplyProxState(jnp.zeros((), jnp.int32))
 
-    def update(updates: PyTree, state: ApplyProxState, params: PyTree = None, **extra_args: Any):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del extra_args
         if params is None:
             raise ValueError("apply_prox needs the parameters: call update(grads, state, params), got params=None")
@@ -73,6 +73,6 @@ def apply_prox(
             prox(moved, step_size),
             is_leaf=is_absent,
         )
-        return out, ApplyProxState(optax.safe_increment(state.count))
+        return out, ApplyProxState(next_count(state.count))
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,7 +1,7 @@
 """SGDP: SGD with momentum without the radial part of its updates where the weights look scale-invariant."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Int, PyTree
 
 from poise.optim.arguments import check_range, check_real
 from poise.optim.channel_axes import ChannelAxesTree, resolve_channel_axes
-from poise.optim.leaves import is_absent, resolve_mask, sum_dtype, unzip
+from poise.optim.leaves import is_absent, next_count, resolve_mask, sum_dtype, unzip
 from poise.optim.projection import check_projection, project_leaf
 
 
@@ -103,7 +103,7 @@ def scale_by_sgdp(
             count=jnp.zeros((), jnp.int32), momentum=optax.tree.zeros_like(params, dtype=accumulator_dtype)
         )
 
-    def update(updates: PyTree, state: ScaleBySgdpState, params: PyTree = None, **extra_args: Any):
+    def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         del extra_args
         if params is None:
             raise ValueError("scale_by_sgdp needs the parameters: call update(grads, state, params), got params=None")
@@ -129,7 +129,7 @@ def scale_by_sgdp(
 
         out = jax.tree_util.tree_map_with_path(leaf, updates, params, state.momentum, specs, decays, is_leaf=is_absent)
         pick = lambda field: unzip(lambda x: getattr(x, field), out, _Leaf)  # noqa: E731
-        return pick("update"), ScaleBySgdpState(optax.safe_increment(state.count), pick("momentum"))
+        return pick("update"), ScaleBySgdpState(next_count(state.count), pick("momentum"))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -205,6 +205,6 @@ def sgdp(
                 project_momentum,
                 accumulator_dtype,
             ),
-            optax.scale_by_learning_rate(learning_rate),
+            optax.scale_by_learning_rate(cast(Any, learning_rate)),
         )
     )

@@ -1,5 +1,6 @@
 """Surrogate optimization in the space of a model's outputs: one gradient of the loss, many steps of the model."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
 from poise.optim.arguments import check_choice, check_count, check_range
 from poise.optim.armijo import DEFAULT_ARMIJO, Armijo, armijo_gradient_descent, check_armijo, squared_norm
-from poise.optim.leaves import sum_dtype
+from poise.optim.leaves import next_count, sum_dtype
 
 SCHEDULES = ("constant", "stochastic", "exponential")
 
@@ -84,10 +85,11 @@ class SSO(NamedTuple):
 
 
 def _inner(a: PyTree, b: PyTree) -> Array:
-    return sum(
+    products = [
         jnp.sum(x.astype(sum_dtype(x, y)) * y.astype(sum_dtype(x, y)))
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    )
+    ]
+    return functools.reduce(jnp.add, products)
 
 
 def target_surrogate(
@@ -144,7 +146,7 @@ def target_surrogate(
 
     def surrogate(params: PyTree, batch: PyTree) -> Array:
         moved = jax.tree.map(jnp.subtract, model_fn(params, batch), outputs)
-        return loss + _inner(target_grads, moved) + squared_norm(moved) / (2 * eta)
+        return jnp.asarray(loss + _inner(target_grads, moved) + squared_norm(moved) / (2 * eta))
 
     return surrogate
 
@@ -300,7 +302,7 @@ def _decay(schedule: str | optax.Schedule, num_steps: int | None) -> optax.Sched
     """The factor of the step size at a count from 0."""
     if callable(schedule):
         return schedule
-    if schedule == "exponential":
+    if schedule == "exponential" and num_steps is not None:
         return lambda count: jnp.exp(-jnp.log(float(num_steps)) * (count + 1.0) / num_steps)
     if schedule == "stochastic":
         return lambda count: 1 / jnp.sqrt(count + 1.0)
@@ -388,6 +390,6 @@ def sso(
         params, info = _inner_solve(
             model_fn, params, batch, outputs, loss, grads, eta_t, inner_steps, inner_optimizer, armijo
         )
-        return params, SSOState(optax.safe_increment(state.count), inverse), info
+        return params, SSOState(next_count(state.count), inverse), info
 
     return SSO(init, step)

@@ -1,5 +1,6 @@
 """The weighted group sparse envelope: the convex function closest to "squares, and at most k groups"."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -257,7 +258,7 @@ def wgsef_penalty(rules: Mapping[str, WGSEFRule]) -> WGSEFPenalty:
         parts = over_leaves(
             lambda x, r, _: r.lam * wgsef(x, r.groups, r.k, r.weights) if r is not None else jnp.zeros(()), params
         )
-        return sum(jax.tree.leaves(parts))
+        return functools.reduce(jnp.add, jax.tree.leaves(parts))
 
     def prox(params: PyTree, step_size: ArrayLike) -> PyTree:
         return over_leaves(
