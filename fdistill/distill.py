@@ -133,8 +133,8 @@ def f_distill(
             )
         if bool(networks.label_dim) != (batch.get("label") is not None):
             raise ValueError(
-                f"batch must hold 'label' if and only if the network has classes; the network has {networks.label_dim}, "
-                f"the batch holds {sorted(batch)}"
+                "batch must hold 'label' if and only if the network has classes; the network has "
+                f"{networks.label_dim}, the batch holds {sorted(batch)}"
             )
         batch_size = image.shape[1] * sum_over(axis_name, 1)
         if batch_size < 2:
