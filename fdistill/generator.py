@@ -1,6 +1,6 @@
 """Images from a diffusion network: one network evaluation, or the probability-flow ODE."""
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def one_step(
       (2, 8, 8, 1)
     """
     sigma = jnp.full((latents.shape[0],), sigma_init, latents.dtype)
-    return net.apply(variables, sigma_init * latents, sigma, labels, train=train, rngs=rngs)
+    return cast(Any, net).apply(variables, sigma_init * latents, sigma, labels, train=train, rngs=rngs)
 
 
 def many_steps(
@@ -85,4 +85,4 @@ def many_steps(
       (2, 8, 8, 1)
     """
     sigmas = karras_sigmas(num_steps, sigma_min, sigma_max, rho)
-    return heun_sampler(lambda x, sigma: net.apply(variables, x, sigma, labels), latents, sigmas)
+    return heun_sampler(lambda x, sigma: cast(Any, net).apply(variables, x, sigma, labels), latents, sigmas)

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
@@ -48,8 +47,8 @@ class Networks:
       axis_name: the mapped device axis, or None.
     """
 
-    net: nn.Module
-    head: nn.Module
+    net: Any  # Flax modules; Any, since `apply` is annotated to return a union that no caller can use
+    head: Any
     config: FDistillConfig
     optimizers: Optimizers
     feature_levels: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Training of a diffusion teacher by denoising score matching (EDM)."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -134,7 +134,7 @@ def edm_teacher(
             def denoise(x, levels):
                 variables = {**state.constants, "params": params}
                 rngs = {"dropout": dropout_key, "label_dropout": jax.random.fold_in(dropout_key, 1)}
-                return net.apply(variables, x, levels, label, train=True, rngs=rngs)
+                return cast(Any, net).apply(variables, x, levels, label, train=True, rngs=rngs)
 
             loss = edm_loss(denoise, image, sigma, noise, sigma_data).sum() / image.shape[0]
             return mean_over(axis_name, loss)  # inside, so that shard_map's own sums of gradients come out right

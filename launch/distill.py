@@ -104,7 +104,7 @@ RECIPES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the launcher and returns its exit code, see :func:`poise.launch.main.launch`."""
     arguments = sys.argv[1:] if argv is None else argv
-    return launch(DistillConfig, RECIPES, arguments, run, prog="poise.launch.distill", description=__doc__)
+    return launch(DistillConfig, RECIPES, arguments, run, prog="poise.launch.distill", description=__doc__ or "")
 
 
 def run(config: DistillConfig, workdir: pathlib.Path) -> None:

@@ -111,7 +111,7 @@ def _quick_evaluation(net, network: NetworkConfig, settings: FDistillConfig, jud
     @jax.jit
     def generate(variables, key):
         latents = jax.random.normal(key, (len(labels), *network.image_shape), jnp.float32)
-        return one_step(net, variables, latents, labels, sigma_init=settings.sigma_init)
+        return one_step(net, variables, latents, jnp.asarray(labels), sigma_init=settings.sigma_init)
 
     def evaluate(state, key):
         images = judge.scale.to_pixels(jax.device_get(generate(student_variables(state), key)))

@@ -119,7 +119,7 @@ def write_results(
 def table(report: Mapping[str, Any]) -> str:
     """The report's figures as text, a row per generator; a dash where a value does not apply."""
     heads = ("", *(name.replace("_", " ") for name in _FIGURES))
-    rows = [heads]
+    rows: list[tuple[str, ...]] = [heads]
     for name in ("real", "teacher", "teacher_1step", "student"):
         rows.append(
             (name.replace("_", ", ").replace("1step", "1 step"), *(_cell(report[name][key]) for key in _FIGURES))

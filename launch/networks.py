@@ -43,7 +43,8 @@ class NetworkConfig(NamedTuple):
         """
         if set(values) != set(cls._fields):
             raise ValueError(f"network settings must be {sorted(cls._fields)}, got {sorted(values)}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        fields: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+        return cls(**fields)
 
 
 def build_network(config: NetworkConfig) -> nn.Module:

@@ -16,7 +16,7 @@ def golden_files(area: str, pattern: str) -> list[pathlib.Path]:
 
 
 def pytest_generate_tests(metafunc):
-    """Fills the argument `golden_file` of tests marked `@pytest.mark.golden` and `golden_pattern("area", "name_*.npz")`."""
+    """Fills the argument `golden_file` of tests with the marker `golden_pattern("area", "name_*.npz")`."""
     marker = metafunc.definition.get_closest_marker("golden_pattern")
     if marker and "golden_file" in metafunc.fixturenames:
         files = golden_files(*marker.args)

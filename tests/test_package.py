@@ -11,8 +11,9 @@ import tarfile
 import tomllib
 import zipfile
 
-import build
 import pytest
+
+import build
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
