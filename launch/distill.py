@@ -44,10 +44,10 @@ class DistillConfig:
 
     divergence: str = field("jensen_shannon", "the f-divergence that is lowered", choices=DIVERGENCES)
     steps: int = field(
-        300, "updates of the student; more than before extends a finished run", role="execution", minimum=1
+        400, "updates of the student; more than before extends a finished run", role="execution", minimum=1
     )
     warmup_steps: int = field(200, "updates of the critics before the student moves", minimum=0)
-    decay_steps: int = field(300, "updates after which the student's learning rate has reached its floor", minimum=1)
+    decay_steps: int = field(400, "updates after which the student's learning rate has reached its floor", minimum=1)
     batch_size: int = field(128, "images per update of student and critics", minimum=2)
     fake_updates: int = field(5, "critic updates per update of the student", minimum=1)
     learning_rate: float = field(1e-3, "the student's peak learning rate (cosine to a tenth)", exclusive_minimum=0.0)

@@ -11,9 +11,8 @@ import tarfile
 import tomllib
 import zipfile
 
-import pytest
-
 import build
+import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
