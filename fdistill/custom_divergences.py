@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from poise.fdistill.checks import check_range
+from poise.core.arguments import check_range
 from poise.fdistill.divergence_type import FDivergence
 
 _TABLE_REACH = 12
@@ -77,7 +77,7 @@ def from_function(
 
     first, second = pointwise(jax.grad(f)), pointwise(jax.grad(jax.grad(f)))
     points = np.exp(np.linspace(-6.0, 6.0, 97)) if grid is None else np.sort(np.asarray(grid, np.float64))
-    check_range("grid", points, low=0.0, low_open=True)
+    check_range("grid", points, low=0.0, open_low=True)
     table_logs = np.arange(-_TABLE_REACH * _TABLE_DENSITY, _TABLE_REACH * _TABLE_DENSITY + 1) / _TABLE_DENSITY
     with jax.enable_x64(True), jax.ensure_compile_time_eval():
         wide = jnp.asarray(points, jnp.float64)

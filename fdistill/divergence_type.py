@@ -8,7 +8,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from poise.fdistill.checks import at_least_float32, check_range
+from poise.core.arguments import check_range
+from poise.core.arrays import at_least_float32
 
 Pointwise = Callable[[Array], Array]
 
@@ -87,7 +88,7 @@ def scale(div: FDivergence, factor: float | int) -> FDivergence:
       >>> scale(divergence("squared_hellinger"), 4.0).weight_at_one
       1.0
     """
-    check_range("factor", factor, low=0.0, high=math.inf, low_open=True, high_open=True)
+    check_range("factor", factor, low=0.0, high=math.inf, open_low=True, open_high=True)
     factor = float(factor)
     perspective = div.perspective or partial(perspective_from_f, div.f)
     return FDivergence(

@@ -8,7 +8,8 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from poise.core import mean_over
-from poise.fdistill.checks import at_least_float32, check_choice, check_range, expand_like, is_concrete
+from poise.core.arguments import check_choice, check_range, is_concrete
+from poise.core.arrays import at_least_float32, expand_like
 from poise.nets import EDMCoefficients, edm_coefficients
 
 __all__ = [
@@ -53,8 +54,8 @@ def loss_weight(sigma: Float[Array, "*shape"], sigma_data: float | int = 0.5) ->
     References:
       Karras et al., https://arxiv.org/abs/2206.00364, Table 1
     """
-    check_range("sigma", sigma, low=0.0, low_open=True)
-    check_range("sigma_data", sigma_data, low=0.0, low_open=True)
+    check_range("sigma", sigma, low=0.0, open_low=True)
+    check_range("sigma_data", sigma_data, low=0.0, open_low=True)
     sigma = at_least_float32(sigma)
     return 1.0 / sigma**2 + 1.0 / sigma_data**2
 
@@ -111,7 +112,7 @@ def edm_loss(
     if weighting == "edm":
         weight = loss_weight(sigma, sigma_data)
     else:
-        check_range("sigma", sigma, low=0.0, low_open=True)
+        check_range("sigma", sigma, low=0.0, open_low=True)
         weight = at_least_float32(sigma) ** -2
     error = at_least_float32(denoise(noised, sigma)) - images
     return expand_like(weight, images) * error**2
@@ -228,7 +229,7 @@ def sample_vp_sigma(
     References:
       Song et al., https://arxiv.org/abs/2011.13456; as in Karras et al., https://arxiv.org/abs/2206.00364, Table 1
     """
-    check_range("epsilon_t", epsilon_t, low=0.0, high=1.0, low_open=True, high_open=True)
+    check_range("epsilon_t", epsilon_t, low=0.0, high=1.0, open_low=True, open_high=True)
     t = 1.0 + jax.random.uniform(key, shape, dtype) * (epsilon_t - 1.0)
     return jnp.sqrt(jnp.expm1(0.5 * beta_d * t**2 + beta_min * t))
 
@@ -269,9 +270,9 @@ def sample_ve_sigma(
 
 
 def _check_ends(sigma_min, sigma_max) -> None:
-    check_range("sigma_min", sigma_min, low=0.0, low_open=True)
+    check_range("sigma_min", sigma_min, low=0.0, open_low=True)
     if is_concrete(sigma_min):
-        check_range("sigma_max", sigma_max, low=float(sigma_min), high=np.inf, low_open=True, high_open=True)
+        check_range("sigma_max", sigma_max, low=float(sigma_min), high=np.inf, open_low=True, open_high=True)
 
 
 def karras_sigmas(
@@ -311,7 +312,7 @@ def karras_sigmas(
     if num < 2:
         raise ValueError(f"num must be at least 2, got {num}")
     _check_ends(sigma_min, sigma_max)
-    check_range("rho", rho, low=0.0, low_open=True)
+    check_range("rho", rho, low=0.0, open_low=True)
     dtype = jnp.result_type(float) if dtype is None else dtype
     if is_concrete(sigma_min) and is_concrete(sigma_max) and is_concrete(rho):
         low, high = (float(x) ** (1.0 / float(rho)) for x in (sigma_min, sigma_max))

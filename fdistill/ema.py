@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from poise.fdistill.checks import at_least_float32, check_range, is_concrete
+from poise.core.arguments import check_range, is_concrete
+from poise.core.arrays import at_least_float32
 
 Numbers = np.ndarray | Array | list | tuple | float | int
 Count = int | float | Int[Array, "*shape"] | Float[Array, "*shape"]
@@ -52,14 +53,14 @@ def ema_decay(
       Karras et al., https://arxiv.org/abs/2206.00364; NVlabs/edm, whose count is the default here
     """
     check_range("images_seen", images_seen, low=0.0)
-    check_range("batch_size", batch_size, low=0.0, low_open=True)
-    check_range("halflife", halflife, low=0.0, low_open=True)
+    check_range("batch_size", batch_size, low=0.0, open_low=True)
+    check_range("halflife", halflife, low=0.0, open_low=True)
     seen, batch = _float(images_seen), _float(batch_size)
     if count_current:
         seen = seen + batch
     span = _float(halflife)
     if rampup is not None:
-        check_range("rampup", rampup, low=0.0, low_open=True)
+        check_range("rampup", rampup, low=0.0, open_low=True)
         span = jnp.minimum(span, seen * rampup)
     return jnp.exp2(-batch / jnp.maximum(span, 1e-8))
 
@@ -86,7 +87,7 @@ def power_ema_decay(step: Count, gamma: float | int | Array) -> Float[Array, "..
       Karras et al., https://arxiv.org/abs/2312.02696, equation 127
     """
     check_range("step", step, low=1.0)
-    check_range("gamma", gamma, low=-1.0, low_open=True)
+    check_range("gamma", gamma, low=-1.0, open_low=True)
     return _power(1.0 / _float(step), _float(gamma))
 
 
@@ -155,7 +156,7 @@ def std_to_exp(std: Numbers) -> np.ndarray:
     References:
       Karras et al., https://arxiv.org/abs/2312.02696, equations 123 and 126
     """
-    check_range("std", std, low=0.0, high=math.sqrt(1.0 / 12.0) * (1 + 1e-12), low_open=True)
+    check_range("std", std, low=0.0, high=math.sqrt(1.0 / 12.0) * (1 + 1e-12), open_low=True)
     std = np.asarray(std, np.float64)
     inverse = std.reshape(-1) ** -2.0
     roots = [np.roots([1.0, 7.0, 16.0 - t, 12.0 - t]) for t in inverse]
@@ -184,7 +185,7 @@ def power_function_beta(std: Numbers, t_next: Count | np.ndarray, t_delta: int |
     References:
       Karras et al., https://arxiv.org/abs/2312.02696, equation 127
     """
-    check_range("t_delta", t_delta, low=0.0, low_open=True)
+    check_range("t_delta", t_delta, low=0.0, open_low=True)
     if is_concrete(t_next) and is_concrete(t_delta):
         check_range("t_next", t_next, low=float(t_delta))
     return _power(_float(t_delta) / _float(t_next), _float(std_to_exp(std)))
@@ -230,8 +231,8 @@ def solve_posthoc_coefficients(
     References:
       Karras et al., https://arxiv.org/abs/2312.02696, Algorithm 3
     """
-    check_range("in_ofs", in_ofs, low=0.0, low_open=True)
-    check_range("out_ofs", out_ofs, low=0.0, low_open=True)
+    check_range("in_ofs", in_ofs, low=0.0, open_low=True)
+    check_range("out_ofs", out_ofs, low=0.0, open_low=True)
     in_time, in_exp = np.broadcast_arrays(np.asarray(in_ofs, np.float64), std_to_exp(np.asarray(in_std)))
     out_time, out_exp = np.broadcast_arrays(np.asarray(out_ofs, np.float64), std_to_exp(np.asarray(out_std)))
     rows = in_time.reshape(-1, 1), in_exp.reshape(-1, 1)
@@ -274,7 +275,7 @@ def inverse_sqrt_learning_rate(
       Karras et al., https://arxiv.org/abs/2312.02696, equation 67
     """
     check_range("images_seen", images_seen, low=0.0)
-    check_range("batch_size", batch_size, low=0.0, low_open=True)
+    check_range("batch_size", batch_size, low=0.0, open_low=True)
     check_range("ref_lr", ref_lr, low=0.0)
     check_range("ref_batches", ref_batches, low=0.0)
     check_range("rampup_images", rampup_images, low=0.0)

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from poise.fdistill.checks import at_least_float32, check_choice, check_range, expand_like
+from poise.core.arguments import check_choice, check_range
+from poise.core.arrays import at_least_float32, expand_like
 
 
 def _event_axes(x: Array) -> tuple[int, ...]:
@@ -175,7 +176,7 @@ def fake_score_loss(
     """
     _same_shape(x0_pred=x0_pred, x0=x0)
     check_choice("weighting", weighting, ("edm", "none"))
-    check_range("sigma_data", sigma_data, low=0.0, low_open=True)
+    check_range("sigma_data", sigma_data, low=0.0, open_low=True)
     error = (at_least_float32(x0_pred) - jax.lax.stop_gradient(at_least_float32(x0))) ** 2
     if weighting == "none":
         return jnp.mean(error)

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from poise.fdistill.checks import at_least_float32, check_range, is_concrete
+from poise.core.arguments import check_range, is_concrete
+from poise.core.arrays import at_least_float32
 
 Pointwise = Callable[..., Array]
 Level = Float[Array, "..."] | float | int

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from poise.fdistill.checks import check_range
+from poise.core.arguments import check_range
 from poise.fdistill.divergence_type import FDivergence, times, two_sided
 
 _LOG2 = math.log(2.0)
@@ -235,7 +235,7 @@ def skew_js(pi: float | int) -> FDivergence:
     References:
       Lin, "Divergence measures based on the Shannon entropy" (1991), https://doi.org/10.1109/18.61115
     """
-    check_range("pi", pi, low=0.0, high=1.0, low_open=True, high_open=True)
+    check_range("pi", pi, low=0.0, high=1.0, open_low=True, open_high=True)
     pi = float(pi)
     log_pi, log_rest = math.log(pi), math.log1p(-pi)
 

@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from poise.fdistill.checks import at_least_float32, check_choice, expand_like
+from poise.core.arguments import check_choice
+from poise.core.arrays import at_least_float32, expand_like
 
 PREDICTIONS = ("x0", "eps", "v", "flow")
 

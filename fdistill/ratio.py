@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from poise.core import sum_over
-from poise.fdistill.checks import at_least_float32, check_choice, check_range
+from poise.core.arguments import check_choice, check_range
+from poise.core.arrays import at_least_float32
 from poise.fdistill.divergence_type import FDivergence
 
 
@@ -65,12 +66,12 @@ def log_ratio(
         raise ValueError(f"logits must have shape [batch, heads] with at least one head, got {logits.shape}")
     ell = jnp.mean(_constant(logits), axis=1)
     if clip is not None:
-        check_range("clip", clip, low=0.0, low_open=True)
+        check_range("clip", clip, low=0.0, open_low=True)
         ell = jnp.clip(ell, -clip, clip)
     if ratio_range is not None:
         low, high = ratio_range
-        check_range("ratio_range[0]", low, low=0.0, low_open=True)
-        check_range("ratio_range[1]", high, low=float(low), low_open=True)
+        check_range("ratio_range[0]", low, low=0.0, open_low=True)
+        check_range("ratio_range[1]", high, low=float(low), open_low=True)
         ell = jnp.clip(ell, math.log(low), math.log(high))
     return ell
 
@@ -145,8 +146,8 @@ def bin_index(
     """
     low, high = sigma_range
     check_range("sigma_range[0]", low, low=0.0)
-    check_range("sigma_range[1]", high, low=float(low), high=math.inf, low_open=True, high_open=True)
-    check_range("rho", rho, low=0.0, low_open=True)
+    check_range("sigma_range[1]", high, low=float(low), high=math.inf, open_low=True, open_high=True)
+    check_range("rho", rho, low=0.0, open_low=True)
     check_choice("kind", kind, ("karras", "linear"))
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}")
@@ -200,7 +201,7 @@ def normalize_log_ratio(
     """
     if log_ratio.shape != index.shape or log_ratio.ndim != 1:
         raise ValueError(f"log_ratio and index must both have shape [batch], got {log_ratio.shape} and {index.shape}")
-    check_range("decay", decay, low=0.0, high=1.0, high_open=True)
+    check_range("decay", decay, low=0.0, high=1.0, open_high=True)
     check_range("eps", eps, low=0.0)
     ell = _constant(log_ratio)
     log_mean = _constant(bins.log_mean)

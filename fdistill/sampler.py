@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from poise.core import fold_in_examples
-from poise.fdistill.checks import check_choice, check_range, is_concrete
+from poise.core.arguments import check_choice, check_range, is_concrete
 from poise.fdistill.schedule import NoiseSchedule, noise_schedule
 
 Denoise = Callable[[Array, Array], Array]
@@ -168,7 +168,7 @@ def ablation_sampler(
     """
     _check(latents, sigmas, key, noise, churn)
     check_choice("solver", solver, ("heun", "euler"))
-    check_range("alpha", alpha, low=0.0, high=1.0, low_open=True)
+    check_range("alpha", alpha, low=0.0, high=1.0, open_low=True)
     curve: NoiseSchedule = noise_schedule() if schedule is None else schedule
     dtype = latents.dtype
     num_steps, batch = sigmas.shape[0], latents.shape[0]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from poise.fdistill.checks import check_choice, check_range
+from poise.core.arguments import check_choice, check_range
 from poise.fdistill.edm import karras_sigmas
 from poise.nets import iddpm_levels
 
@@ -68,9 +68,9 @@ def vp_betas(sigma_min: float | int, sigma_max: float | int, epsilon_s: float = 
     References:
       Karras et al., https://arxiv.org/abs/2206.00364; NVlabs/edm
     """
-    check_range("sigma_min", sigma_min, low=0.0, low_open=True)
-    check_range("sigma_max", sigma_max, low=float(sigma_min), high=math.inf, low_open=True, high_open=True)
-    check_range("epsilon_s", epsilon_s, low=0.0, high=1.0, low_open=True, high_open=True)
+    check_range("sigma_min", sigma_min, low=0.0, open_low=True)
+    check_range("sigma_max", sigma_max, low=float(sigma_min), high=math.inf, open_low=True, open_high=True)
+    check_range("epsilon_s", epsilon_s, low=0.0, high=1.0, open_low=True, open_high=True)
     first, last = math.log1p(sigma_min**2), math.log1p(sigma_max**2)
     beta_d = 2.0 * (first / epsilon_s - last) / (epsilon_s - 1.0)
     return beta_d, last - 0.5 * beta_d

@@ -30,14 +30,14 @@ _HOMES = {
     "parse_config": "config",
     "restore_tree": "checkpoint",
     "save_student": "export",
-    "settle_config": "config",
+    "settle_config": "workdir",
     "validate": "config",
     "workdir_lock": "lock",
 }
 
 if TYPE_CHECKING:
     from poise.launch.checkpoint import restore_tree
-    from poise.launch.config import ConfigError, field, parse_config, settle_config, validate
+    from poise.launch.config import ConfigError, field, parse_config, validate
     from poise.launch.data import Data, DataError, InMemory, NoData, batch_indices
     from poise.launch.devices import DeviceError
     from poise.launch.errors import LaunchError
@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from poise.launch.phase import Phase
     from poise.launch.progress import Console
     from poise.launch.signals import Interrupted
+    from poise.launch.workdir import settle_config
     from poise.launch.writers import Writer
 
 __all__ = [

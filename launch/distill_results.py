@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from poise.fdistill import many_steps, one_step, student_variables
+from poise.fdistill import FDistillConfig, many_steps, one_step, student_variables
 from poise.launch.export import Student, save_student
 from poise.launch.files import atomic_path
 from poise.launch.loop import FitResult
@@ -22,7 +22,6 @@ from poise.launch.quality import Judge, draw_images
 if TYPE_CHECKING:
     from poise.launch.distill import DistillConfig
 
-_SIGMA_INIT = 80.0
 _COLUMNS = 5
 _FIGURES = (
     "frechet",
@@ -61,14 +60,14 @@ def write_results(
     """
     net = build_network(network)
     teacher = result.state.frozen["teacher"]
-    student = Student(network, jax.device_get(student_variables(result.state)), _SIGMA_INIT, judge.scale)
+    student = Student(network, jax.device_get(student_variables(result.state)), FDistillConfig.sigma_init, judge.scale)
     save_student(workdir / "student.safetensors", student)
 
     def sampled(variables, z, labels):
         return many_steps(net, variables, z, labels, num_steps=config.sampler_steps)
 
     def stepped(variables, z, labels):
-        return one_step(net, variables, z, labels, sigma_init=_SIGMA_INIT)
+        return one_step(net, variables, z, labels, sigma_init=FDistillConfig.sigma_init)
 
     generators = {
         "teacher": (sampled, teacher, 2 * config.sampler_steps - 1),

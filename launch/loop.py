@@ -19,7 +19,6 @@ from jaxtyping import Array, PRNGKeyArray
 
 from poise.core import State, step_key
 from poise.launch.checkpoint import CheckpointStore, Restored
-from poise.launch.config import prepare_workdir
 from poise.launch.devices import Placement
 from poise.launch.errors import LaunchError
 from poise.launch.leaves import Layout, host_scalar
@@ -28,6 +27,7 @@ from poise.launch.phase import Phase, Program
 from poise.launch.progress import Console, duration
 from poise.launch.signals import Interrupted, StopRequest, stop_on_signals
 from poise.launch.timing import TimingLog
+from poise.launch.workdir import prepare_workdir
 from poise.launch.writers import JsonLinesWriter, TensorBoardWriter, Writer, tensorboard_available
 
 # Keys of anything but steps come from phases that no run reaches, so that they meet no step's key.

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from poise.launch.config import ConfigError, parse_config, prepare_workdir, settle_config
+from poise.launch.config import ConfigError, parse_config
 from poise.launch.errors import LaunchError
 from poise.launch.lock import workdir_lock
 from poise.launch.signals import Interrupted
+from poise.launch.workdir import prepare_workdir, settle_config
 
 
 def launch(
@@ -57,6 +58,13 @@ def launch(
     except LaunchError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
+    except OSError as error:  # a full disk, a folder that went away
+        what = error.filename or config.workdir
+        print(
+            f"{prog}: {what}: {error.strerror or error}; the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from poise.core.arrays import at_least_float32
 from poise.nets.labels import label_vectors
 
 PRECONDITIONINGS = ("edm", "vp", "ve", "iddpm")
@@ -67,7 +68,7 @@ def edm_coefficients(
         raise ValueError(f"sigma_data must be positive, got {sigma_data}")
     if not isinstance(sigma_min, jax.core.Tracer) and not sigma_min >= 0:
         raise ValueError(f"sigma_min must be at least 0, got {sigma_min}")
-    sigma = _at_least_float32(sigma)
+    sigma = at_least_float32(sigma)
     norm = jnp.sqrt(sigma**2 + sigma_data**2)
     return EDMCoefficients(
         c_skip=(sigma_data / norm) ** 2,
@@ -105,7 +106,7 @@ def vp_coefficients(
       Song et al., *Score-Based Generative Modeling through Stochastic Differential Equations*,
       https://arxiv.org/abs/2011.13456; in this form Karras et al., https://arxiv.org/abs/2206.00364, Table 1
     """
-    sigma = _at_least_float32(sigma)
+    sigma = at_least_float32(sigma)
     time = (jnp.sqrt(beta_min**2 + 2 * beta_d * jnp.log1p(sigma**2)) - beta_min) / beta_d
     return EDMCoefficients(jnp.ones_like(sigma), -sigma, jax.lax.rsqrt(sigma**2 + 1), (num_levels - 1) * time)
 
@@ -133,7 +134,7 @@ def ve_coefficients(sigma: Float[Array, "*batch"], sigma_min: float | int = 0) -
       Song et al., *Score-Based Generative Modeling through Stochastic Differential Equations*,
       https://arxiv.org/abs/2011.13456; in this form Karras et al., https://arxiv.org/abs/2206.00364, Table 1
     """
-    sigma = _at_least_float32(sigma)
+    sigma = at_least_float32(sigma)
     ones = jnp.ones_like(sigma)
     return EDMCoefficients(ones, sigma, ones, jnp.log(jnp.maximum(sigma, sigma_min) / 2))
 
@@ -202,7 +203,7 @@ def iddpm_coefficients(
       Nichol and Dhariwal, *Improved Denoising Diffusion Probabilistic Models*, https://arxiv.org/abs/2102.09672; in
       this form Karras et al., https://arxiv.org/abs/2206.00364, Table 1
     """
-    sigma = _at_least_float32(sigma)
+    sigma = at_least_float32(sigma)
     ascending = jnp.asarray(iddpm_levels(c1, c2, num_levels)[::-1], sigma.dtype)
     middles = (ascending[1:] + ascending[:-1]) / 2
     label = jnp.searchsorted(middles, sigma) - 1  # M - 1 - j, since the ascending place is M - j
@@ -326,8 +327,3 @@ class EDMPrecond(nn.Module):
         if self.preconditioning == "ve":
             return ve_coefficients(sigma, self.sigma_min)
         return vp_coefficients(sigma) if self.preconditioning == "vp" else iddpm_coefficients(sigma)
-
-
-def _at_least_float32(sigma: Array) -> Array:
-    sigma = jnp.asarray(sigma)
-    return sigma.astype(jnp.promote_types(sigma.dtype, jnp.float32))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from poise.optim.arguments import check_count, check_range
+from poise.core.arguments import check_count, check_range
 from poise.optim.leaves import sum_dtype
 
 

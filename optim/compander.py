@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, PyTree
 
-from poise.optim.arguments import check_choice, check_range
+from poise.core.arguments import check_choice, check_range
 from poise.optim.channel_axes import flax_channel_axes
 from poise.optim.companding import (
     check_companding,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float
 
-from poise.optim.arguments import check_choice, check_range
+from poise.core.arguments import check_choice, check_range
 from poise.optim.leaves import sum_dtype
 
 KINDS = ("arctan", "tanh", "softsign", "identity")

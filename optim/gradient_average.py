@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, DTypeLike, Int, PyTree
 
-from poise.optim.arguments import check_range
+from poise.core.arguments import check_range
 from poise.optim.leaves import is_absent, next_count, sum_dtype, unzip
 
 

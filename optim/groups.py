@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from poise.optim.arguments import check_range, concrete
+from poise.core.arguments import check_range, concrete
 from poise.optim.leaves import sum_dtype
 
 Groups: TypeAlias = Any

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from poise.optim.arguments import check_count, concrete
+from poise.core.arguments import check_count, concrete
 
 LinearRule: TypeAlias = Callable[[Array, ArrayLike, Array], Array]
 """``(theta, count, signed) -> theta``: update number ``count`` from 0; row i of ``signed`` is label times example."""

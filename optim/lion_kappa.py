@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, DTypeLike, PyTree
 
+from poise.core.arguments import check_range, check_real, concrete
 from poise.optim import kappas
-from poise.optim.arguments import check_range, check_real, concrete
 from poise.optim.kappas import Kappa
 from poise.optim.kappas.kappa import Number
 from poise.optim.leaves import sum_dtype

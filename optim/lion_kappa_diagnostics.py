@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from poise.core.arguments import check_range, concrete
 from poise.optim import kappas
-from poise.optim.arguments import check_range, concrete
 from poise.optim.kappas import Kappa
 from poise.optim.kappas.kappa import Number, violation_of
 from poise.optim.leaves import resolve_mask

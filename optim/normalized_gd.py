@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
 
-from poise.optim.arguments import check_range
+from poise.core.arguments import check_range
 from poise.optim.leaves import sum_dtype
 from poise.optim.linear_rules import LinearRule, path_of_rule
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from poise.optim.arguments import check_range, check_real
+from poise.core.arguments import check_range, check_real
 from poise.optim.channel_axes import (
     ChannelAxes,
     ChannelAxesTree,

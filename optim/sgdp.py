@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, DTypeLike, Int, PyTree
 
-from poise.optim.arguments import check_range, check_real
+from poise.core.arguments import check_range, check_real
 from poise.optim.channel_axes import ChannelAxesTree, resolve_channel_axes
 from poise.optim.leaves import is_absent, next_count, resolve_mask, sum_dtype, unzip
 from poise.optim.projection import check_projection, project_leaf

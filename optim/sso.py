@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Float, Int, PyTree
 
-from poise.optim.arguments import check_choice, check_count, check_range
+from poise.core.arguments import check_choice, check_count, check_range
 from poise.optim.armijo import DEFAULT_ARMIJO, Armijo, armijo_gradient_descent, check_armijo, squared_norm
 from poise.optim.leaves import next_count, sum_dtype
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
-from poise.optim.arguments import check_count, check_range
+from poise.core.arguments import check_count, check_range
 from poise.optim.capped_shares import capped_shares
 from poise.optim.groups import Groups, Partition, group_squares, group_weights, partition, spread
 from poise.optim.leaves import find_rule, path_names, sum_dtype

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from poise.optim.arguments import check_range, concrete
+from poise.core.arguments import check_range, concrete
 from poise.optim.leaves import sum_dtype
 
 Number: TypeAlias = float | int | Array

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from poise.optim.arguments import check_count, check_range, concrete
+from poise.core.arguments import check_count, check_range, concrete
 from poise.optim.kappas.kappa import Kappa, Number, excess, gathered, indicator, largest, unit_range, widened
 
 

@@ -332,7 +332,7 @@ def test_aliases():
         (lambda: divergence("skew_js", a=1.0), TypeError, "takes the parameter pi"),
         (lambda: divergence("js", a=1.0), TypeError, "takes no parameters"),
         (lambda: divergence("alpha(0.5)", a=1.0), TypeError, "in its name already"),
-        (lambda: skew_js(0.0), ValueError, r"pi must lie in \(0.0, 1.0\), got 0.0"),
+        (lambda: skew_js(0.0), ValueError, r"pi must lie in \(0, 1\), got 0.0"),
         (lambda: skew_js(1.0), ValueError, "pi must lie"),
         (lambda: skew_js(float("nan")), ValueError, "pi must lie"),
         (lambda: alpha(float("inf")), ValueError, "a must be finite"),

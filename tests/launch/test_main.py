@@ -41,6 +41,11 @@ def test_a_run_gets_its_settings_and_a_folder_with_them(tmp_path):
         (Interrupted(signal.SIGINT, "stopped after step 3"), 130, "stopped after step 3; the same command goes on"),
         (Interrupted(signal.SIGTERM, "stopped after step 3"), 0, "the same command goes on"),
         (KeyboardInterrupt(), 130, "the same command goes on"),
+        (
+            OSError(28, "No space left on device", "r/report.json"),
+            1,
+            "r/report.json: No space left on device; the same",
+        ),
     ],
 )
 def test_each_ending_has_a_sentence_and_a_code(error, code, words, tmp_path, capsys):

@@ -181,7 +181,7 @@ def test_weights_beyond_the_bound_are_refused_or_clipped():
     [
         ({"a": 0.0}, "a must lie"),
         ({"b": {"x": -1.0}}, "b must lie"),
-        ({"initialization": "zeros"}, "initialization must be one of 'preserve', 'raw', got 'zeros'"),
+        ({"initialization": "zeros"}, "initialization must be one of preserve, raw, got 'zeros'"),
         ({"clip": 1.0}, "clip must lie"),
         ({"kind": "identity", "learn": True}, "learn must be False"),
     ],

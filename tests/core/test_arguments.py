@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from poise.optim.arguments import check_choice, check_count, check_range, check_real
+from poise.core.arguments import check_choice, check_count, check_range, check_real
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, jnp.float32(0.5), jnp.bfloat16(0.25), 0])
@@ -43,7 +43,7 @@ def test_counts():
 
 
 def test_choices():
-    with pytest.raises(ValueError, match="kind must be one of 'a', 'b', got 'c'"):
+    with pytest.raises(ValueError, match="kind must be one of a, b, got 'c'"):
         check_choice("kind", "c", ("a", "b"))
 
 

@@ -1,14 +1,27 @@
-"""Checks of hyper-parameters: concrete values only, so that traced ones and schedules pass."""
+"""Checks of arguments: concrete values only, so that traced ones and schedules pass."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
 
+def is_concrete(value: Any) -> bool:
+    """Whether a value can be looked at now, that is, isn't traced by a transformation.
+
+    Example:
+      >>> import jax
+      >>> from poise.core.arguments import is_concrete
+      >>> is_concrete(1.0), bool(jax.jit(lambda x: x * is_concrete(x))(1.0))
+      (True, False)
+    """
+    return not isinstance(value, jax.core.Tracer)
+
+
 def concrete(value: Any) -> np.ndarray | None:
     """The value as a numpy array, or None for a tracer, a schedule or None itself."""
-    if value is None or callable(value) or isinstance(value, jax.core.Tracer):
+    if value is None or callable(value) or not is_concrete(value):
         return None
     return np.asarray(value)
 
@@ -35,6 +48,12 @@ def check_range(
     Raises:
       TypeError: if the value is not a number.
       ValueError: if it is NaN or outside of the interval.
+
+    Example:
+      >>> from poise.core.arguments import check_range
+      >>> check_range("decay", 1.0, 0.0, 1.0, open_high=True)
+      Traceback (most recent call last):
+      ValueError: decay must lie in [0, 1), got 1.0
     """
     number = concrete(value)
     if number is None:
@@ -66,10 +85,18 @@ def check_count(name: str, value: Any, low: int = 1, high: int | None = None) ->
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
 
 
-def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raises a ValueError unless the value is one of the allowed names."""
+def check_choice(name: str, value: Any, allowed: Iterable[str]) -> None:
+    """Raises a ValueError unless the value is one of the allowed names.
+
+    Example:
+      >>> from poise.core.arguments import check_choice
+      >>> check_choice("kind", "quadratic", ("karras", "linear"))
+      Traceback (most recent call last):
+      ValueError: kind must be one of karras, linear, got 'quadratic'
+    """
+    allowed = tuple(allowed)
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
 def check_real(name: str, tree: Any) -> None:
