@@ -15,7 +15,7 @@ from poise.optim.lion_kappa_diagnostics import (
     lion_kappa_lyapunov,
     lion_kappa_stationarity_gap,
 )
-from poise.optim.meco import MecoState, effective_sample_size, meco_init, meco_loss, nce_loss
+from poise.optim.meco import MecoState, effective_sample_size_from_log_weights, meco_init, meco_loss, nce_loss
 from poise.optim.normalized_gd import (
     logistic_gd,
     logistic_rule,
@@ -79,7 +79,7 @@ __all__ = [
     "companding_bound",
     "companding_grad",
     "companding_inverse",
-    "effective_sample_size",
+    "effective_sample_size_from_log_weights",
     "flax_channel_axes",
     "iterations_to_separate",
     "kappas",

@@ -36,8 +36,12 @@ def average_gradients(
     ``optax.ema`` starts at zero, or divides that out; here the first gradient has weight 1 at first and
     $(1-\beta)^{t-1}$ in the end.
 
+    $\beta$ is the paper's and the opposite of a decay: ``average_gradients(0.1)`` forgets as slowly as
+    ``optax.ema(0.9)``.
+
     Args:
-      beta: the weight of the new gradient, in (0, 1]; 1 passes gradients through.
+      beta: the weight of the *new* gradient, in (0, 1]; one minus the ``decay`` of ``optax.ema``. Small values average
+        long, 1 passes gradients through.
       accumulator_dtype: dtype in which the average is kept; None for the parameter's.
 
     Returns:

@@ -88,7 +88,7 @@ def meco_loss(
     is taken.
 
     Everything happens in log space. The noise has to cover what the model covers: the variance of the weights decides
-    whether this works (see :func:`effective_sample_size`).
+    whether this works (see :func:`effective_sample_size_from_log_weights`).
 
     Args:
       f_data: $f_\theta(x_i)$ on data, any shape.
@@ -149,11 +149,12 @@ def meco_loss(
     return loss, MecoState(updated.astype(state.log_normalizer.dtype), state.count + 1)
 
 
-def effective_sample_size(log_weights: Float[Array, "..."]) -> Float[Array, ""]:
+def effective_sample_size_from_log_weights(log_weights: Float[Array, "..."]) -> Float[Array, ""]:
     r"""How many equal weights would be worth these: $(\sum_bw_b)^2/\sum_bw_b^2$.
 
     Between 1 (one sample carries all the weight, and the estimate of $Z$ is not to be trusted) and the number of
-    samples. For noise $N(0,1)$ and a model $N(R,1)$ it is about $Be^{-R^2}$.
+    samples. For noise $N(0,1)$ and a model $N(R,1)$ it is about $Be^{-R^2}$. ``poise.fdistill.effective_sample_size``
+    is the same number of weights that are not logarithms.
 
     Args:
       log_weights: $f(z_b) - \log q(z_b)$, any shape.
@@ -166,9 +167,9 @@ def effective_sample_size(log_weights: Float[Array, "..."]) -> Float[Array, ""]:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> from poise.optim import effective_sample_size
-      >>> float(effective_sample_size(jnp.zeros(4))), float(effective_sample_size(jnp.array([0.0, -jnp.inf])))
-      (4.0, 1.0)
+      >>> from poise.optim import effective_sample_size_from_log_weights
+      >>> [float(effective_sample_size_from_log_weights(jnp.array(w))) for w in ([2.0, 2.0, 2.0], [0.0, -jnp.inf])]
+      [3.0, 1.0]
     """
     _check_log_weights(log_weights)
     wide = log_weights.astype(sum_dtype(log_weights))

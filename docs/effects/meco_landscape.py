@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from poise.optim import average_gradients, effective_sample_size, meco_init, meco_loss, nce_loss
+from poise.optim import average_gradients, effective_sample_size_from_log_weights, meco_init, meco_loss, nce_loss
 
 HALF_LOG = 0.5 * np.log(2 * np.pi)  # log Z of exp(-(x - theta)^2/2)
 STEPS, BATCH = 1500, 128
@@ -65,7 +65,7 @@ def stochastic(key: jax.Array, center: float, width: float, method: str) -> tupl
 
         grads, state = jax.grad(loss, has_aux=True)(params)
         updates, opt = tx.update(grads, opt, params)
-        size = effective_sample_size(f(params[0], z) - log_q(z))
+        size = effective_sample_size_from_log_weights(f(params[0], z) - log_q(z))
         return (optax.apply_updates(params, updates), state, opt), (params[0] - center, size)
 
     return jax.lax.scan(step, (start, meco_init(), tx.init(start)), jax.random.split(key, STEPS))[1]

@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.optim import MecoState, average_gradients, effective_sample_size, meco_init, meco_loss, nce_loss
+from poise.optim import (
+    MecoState,
+    average_gradients,
+    effective_sample_size_from_log_weights,
+    meco_init,
+    meco_loss,
+    nce_loss,
+)
 
 quick = settings(max_examples=10, deadline=None)
 
@@ -91,7 +98,7 @@ def test_self_normalized_importance_sampling_and_the_model_as_noise():
         model = np.asarray(family(theta, noise)) - log_z
         _, log_u, _ = gradients(theta, data, noise, model, log_z, 0.3, 0.0)
         assert float(log_u) == pytest.approx(log_z, rel=1e-13)
-        assert float(effective_sample_size(family(theta, noise) - model)) == pytest.approx(8.0)
+        assert float(effective_sample_size_from_log_weights(family(theta, noise) - model)) == pytest.approx(8.0)
 
 
 def test_first_batch_sets_the_estimate():
@@ -146,7 +153,7 @@ def test_zero_and_huge_weights(dtype):
         assert loss.dtype == jnp.float32
         assert all(bool(jnp.isfinite(x).all()) for x in (loss, state.log_normalizer, grad))
     assert float(state.log_normalizer) == 0.0
-    assert float(effective_sample_size(log_weights)) == 0.0
+    assert float(effective_sample_size_from_log_weights(log_weights)) == 0.0
 
 
 def landscape(theta, center):
@@ -223,7 +230,7 @@ def test_finds_the_mean_if_the_noise_covers_the_data():
 
 def test_effective_sample_size_warns_of_noise_elsewhere():
     z = jax.random.normal(jax.random.key(0), (4096,))
-    sizes = [float(effective_sample_size(-0.5 * (z - r) ** 2 + 0.5 * z**2)) for r in (0.0, 1.0, 3.0)]
+    sizes = [float(effective_sample_size_from_log_weights(-0.5 * (z - r) ** 2 + 0.5 * z**2)) for r in (0.0, 1.0, 3.0)]
     assert sizes[0] == pytest.approx(4096)
     assert sizes[1] == pytest.approx(4096 * np.exp(-1), rel=0.3)
     assert sizes[2] < 60
@@ -236,7 +243,7 @@ def test_effective_sample_size_warns_of_noise_elsewhere():
         (lambda: meco_loss(jnp.zeros(2), jnp.zeros(2), meco_init(), 1.5), "gamma must lie"),
         (lambda: meco_loss(jnp.zeros(2), jnp.array([jnp.inf]), meco_init(), 0.5), "log_weights must be below infinity"),
         (lambda: meco_init(jnp.array([jnp.nan])), "log_weights must be below infinity"),
-        (lambda: effective_sample_size(jnp.zeros(0)), "at least one sample"),
+        (lambda: effective_sample_size_from_log_weights(jnp.zeros(0)), "at least one sample"),
         (lambda: nce_loss(*jnp.zeros((3, 2)), jnp.array([0.0, -jnp.inf]), 0.0), "log_q_noise must be finite"),
     ],
 )
