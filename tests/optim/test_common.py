@@ -41,6 +41,8 @@ class Case(NamedTuple):
       rate: the learning rate for convergence, as the start of a decay to a thousandth over 10000 steps.
       takes_rate: whether the factory has a learning rate; if not, it stands before ``optax.scale_by_learning_rate``.
       static: arguments that ``optax.inject_hyperparams`` has to leave alone.
+      needs_params: whether ``update`` can't do without the parameters.
+      gathers: whether the direction of a leaf asks for all of it in one place, so that a spread one is gathered.
     """
 
     factory: Callable[..., Any]
@@ -48,6 +50,14 @@ class Case(NamedTuple):
     rate: float = 0.05
     takes_rate: bool = True
     static: tuple[str, ...] = ()
+    needs_params: bool = True
+    gathers: bool = False
+
+    def has(self, argument):
+        return argument in inspect.signature(self.factory).parameters
+
+    def having(self, **options):
+        return self._replace(options=self.options | options)
 
     def make(self, learning_rate):
         if self.takes_rate:
@@ -68,23 +78,38 @@ NUCLEAR = kappas.nuclear(fallback=kappas.sign())
 CASES = {
     "lion_kappa": Case(lion_kappa),
     "lion_kappa_huber": Case(lion_kappa, dict(kappa=kappas.huber(0.1), cautious_factor=0.5)),
-    "lion_kappa_nuclear": Case(lion_kappa, dict(kappa=NUCLEAR, weight_decay=lambda count: jnp.float32(1e-3))),
-    "scale_by_lion_kappa": Case(scale_by_lion_kappa, dict(kappa=kappas.lp(1.5)), takes_rate=False),
+    "lion_kappa_nuclear": Case(
+        lion_kappa, dict(kappa=NUCLEAR, weight_decay=lambda count: jnp.float32(1e-3)), gathers=True
+    ),
+    "scale_by_lion_kappa": Case(scale_by_lion_kappa, dict(kappa=kappas.lp(1.5)), takes_rate=False, needs_params=False),
     "adamp": Case(adamp, dict(weight_decay=1e-3), rate=0.1),
     "scale_by_adamp": Case(scale_by_adamp, dict(nesterov=True), rate=0.1, takes_rate=False),
     "sgdp": Case(sgdp, dict(momentum=0.9, nesterov=True, weight_decay=1e-4), rate=2e-3),
     "apply_prox": Case(proximal_sgd, rate=2e-3),
-    "average_gradients": Case(average_gradients, dict(beta=0.1), rate=2e-2, takes_rate=False),
+    "average_gradients": Case(average_gradients, dict(beta=0.1), rate=2e-2, takes_rate=False, needs_params=False),
     "scale_by_sgdp": Case(scale_by_sgdp, dict(momentum=0.9, dampening=0.1), rate=2e-3, takes_rate=False),
 }
 
 # Transformations that stand inside of a case's own function.
 INSIDE = (apply_prox,)
 
+# Options that are refused when a transformation is made, not when it is used.
+WRONG = {
+    lion_kappa: [dict(learning_rate=-1.0), dict(b1=1.0), dict(b2=-0.1), dict(weight_decay=-1.0), dict(kappa="lion")],
+    scale_by_lion_kappa: [dict(b1=1.0), dict(b2=1.5), dict(cautious_factor=2.0), dict(kappa="lion")],
+    adamp: [dict(b1=1.0), dict(b2=-0.1), dict(delta=-1.0), dict(wd_ratio=1.1)],
+    scale_by_adamp: [dict(b1=-0.1), dict(b2=1.0), dict(eps=-1e-8), dict(delta=-1.0), dict(weight_decay=-1.0)],
+    sgdp: [dict(momentum=1.0), dict(eps=-1e-8), dict(delta=-1.0), dict(wd_ratio=-0.1)],
+    scale_by_sgdp: [dict(momentum=1.0), dict(eps=-1e-8), dict(delta=-1.0), dict(weight_decay=-1.0)],
+    average_gradients: [dict(beta=0.0), dict(beta=1.1)],
+    apply_prox: [dict(prox=lambda params, step_size: params, learning_rate=-1.0)],
+}
+
 # The parts that the optimizers above are chained of wait for the slow tier.
 every = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if case.takes_rate else pytest.mark.slow) for name, case in CASES.items()]
 )
+takes_weight_decay = pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has("weight_decay")])
 RATE = 0.03
 
 
@@ -196,15 +221,25 @@ def test_hyperparameters_can_be_injected(name):
         optimizer = optax.chain(optimizer, optax.scale_by_learning_rate(RATE))
     params = arrays(PARAMS)
     state = optimizer.init(params)
-    new_params, new_state = jax.jit(step_of(optimizer))(params, state, at(GRADS, 0))
+    step = jax.jit(step_of(optimizer))
+    new_params, new_state = step(params, state, at(GRADS, 0))
     assert_close(new_params, reference(name)[0][0][0])
     assert types(state) == types(new_state)
+    if case.takes_rate:  # What is written into the state counts from then on.
+        new_state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
+        still, _ = step(new_params, new_state, at(GRADS, 1))
+        assert_close(still, new_params, rtol=0, atol=0)
+        assert step._cache_size() == 1
 
 
 @every
-def test_a_schedule_sets_the_learning_rate_of_each_step(name):
+@pytest.mark.parametrize("injected", [False, True], ids=["passed", "injected"])
+def test_a_schedule_sets_the_learning_rate_of_each_step(name, injected):
     schedule = optax.piecewise_constant_schedule(RATE, {1: 0.5})
-    scheduled, constant = CASES[name].make(schedule), CASES[name].make(RATE)
+    case = CASES[name]
+    if injected and case.takes_rate:
+        case = case._replace(factory=optax.inject_hyperparams(case.factory))
+    scheduled, constant = case.make(schedule), CASES[name].make(RATE)
     params = arrays(PARAMS)
     states = scheduled.init(params), constant.init(params)
     for t in range(2):
@@ -213,6 +248,20 @@ def test_a_schedule_sets_the_learning_rate_of_each_step(name):
             out.extend(optimizer.update(at(GRADS, t), state, params))
         states = updates[1], expected[1]
         assert_close(updates[0], jax.tree.map(lambda u, t=t: u * 0.5**t, expected[0]))
+
+
+@takes_weight_decay
+def test_a_schedule_sets_the_weight_decay_of_each_step(name):
+    schedule = lambda count: 0.1 * (1.0 + count)  # noqa: E731
+    case = CASES[name]
+    optimizers = [case.having(weight_decay=decay).make(RATE) for decay in (schedule, 0.1, 0.2)]
+    params = arrays(PARAMS)
+    states = [optimizer.init(params) for optimizer in optimizers]
+    for t in range(2):
+        outs = [opt.update(at(GRADS, t), state, params) for opt, state in zip(optimizers, states, strict=True)]
+        updates, states = zip(*outs, strict=True)
+        assert_close(updates[0], updates[1 + t])
+        assert (updates[1]["kernel"] != updates[2]["kernel"]).all()
 
 
 @every
@@ -287,6 +336,29 @@ def test_dtypes_of_updates_and_states_are_stable(name, dtype):
         assert set(floats) <= {jnp.dtype(dtype)}
 
 
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [(n, option) for n, case in CASES.items() for option in ("mu_dtype", "accumulator_dtype") if case.has(option)],
+)
+def test_moments_are_kept_in_the_dtype_that_was_asked_for(name, option):
+    """In float32 for bfloat16 weights, whose updates stay bfloat16; and rounded after they have been computed."""
+    params, grads = arrays(PARAMS), at(GRADS, 0)
+    half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16"), PARAMS)
+    wide = CASES[name].having(**{option: "float32"}).make(RATE)
+    state = jax.eval_shape(wide.init, half)
+    updates, new_state = jax.eval_shape(wide.update, half, state, half)
+    assert updates == half
+    assert new_state == state
+    assert jnp.dtype("float32") in {leaf.dtype for leaf in jax.tree.leaves(state)}
+    plain, narrow = CASES[name].make(RATE), CASES[name].having(**{option: "bfloat16"}).make(RATE)
+    expected = plain.update(grads, plain.init(params), params)
+    updates, new_state = narrow.update(grads, narrow.init(params), params)
+    assert_close(updates, expected[0], rtol=0.02, atol=1e-3)
+    assert jnp.dtype("bfloat16") in {leaf.dtype for leaf in jax.tree.leaves(new_state)}
+    for new, exact in zip(*map(jax.tree.leaves, (new_state, expected[1])), strict=True):
+        np.testing.assert_array_equal(new, exact.astype(new.dtype))
+
+
 @every
 def test_half_precision_steps_are_near_float32_ones(name):
     params, grads = (jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), tree) for tree in (PARAMS, at(GRADS, 0)))
@@ -308,8 +380,48 @@ def test_shapes_alone_are_enough_to_initialize_and_states_map_over_parameters(na
 
 
 @every
+def test_counts_stop_at_the_greatest_integer(name):
+    """A run of more than 2^31 steps goes on with finite updates."""
+    greatest = np.iinfo(np.int32).max
+    optimizer = CASES[name].make(RATE)
+    params = arrays(PARAMS)
+    late = jax.tree.map(
+        lambda x: jnp.full_like(x, greatest) if jnp.issubdtype(x.dtype, jnp.integer) else jnp.ones_like(x),
+        optimizer.init(params),
+    )
+    updates, after = optimizer.update(at(GRADS, 0), late, params)
+    counts = [leaf for leaf in jax.tree.leaves(after) if jnp.issubdtype(leaf.dtype, jnp.integer)]
+    assert counts
+    assert all(count.dtype == jnp.int32 and count == greatest for count in counts)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates))
+
+
+@every
+def test_parameters_are_asked_for_where_they_are_needed(name):
+    case = CASES[name]
+    optimizer, params = case.make(RATE), arrays(PARAMS)
+    state = optimizer.init(params)
+    if case.needs_params:
+        with pytest.raises(ValueError, match="params"):
+            optimizer.update(at(GRADS, 0), state)
+    else:
+        assert_close(optimizer.update(at(GRADS, 0), state), optimizer.update(at(GRADS, 0), state, params), 0, 0)
+
+
+@pytest.mark.parametrize("factory", WRONG, ids=lambda factory: factory.__name__)
+def test_wrong_options_are_refused_at_once(factory):
+    for options in WRONG[factory]:
+        required = {"learning_rate": RATE} if "learning_rate" in inspect.signature(factory).parameters else {}
+        with pytest.raises(ValueError, match=list(options)[-1]):
+            factory(**required | options)
+
+
+@every
 def test_explicit_sharding(name):
-    """States are spread like their parameters, before and after an update, and the numbers are those of one device."""
+    """States are spread like their parameters, before and after an update, and the numbers are those of one device.
+
+    Nothing is copied whole to every device unless the method itself asks for that.
+    """
     optimizer = CASES[name].make(RATE)
     params = {"kernel": normal(4, 8, 2), "bias": normal(5, 8)}
     grads = {"kernel": normal(6, 8, 2), "bias": normal(7, 8)}
@@ -318,7 +430,9 @@ def test_explicit_sharding(name):
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), jax.P("x"))
         params, grads = jax.device_put((params, grads), sharding)
         state = optimizer.init(params)
-        updates, new_state = jax.jit(optimizer.update)(grads, state, params)
+        update = jax.jit(optimizer.update).lower(grads, state, params).compile()
+        assert ("all-gather" in update.as_text()) == CASES[name].gathers
+        updates, new_state = update(grads, state, params)
         assert types(state) == types(new_state)
         assert types(updates) == types(params)
         for leaf in jax.tree.leaves(new_state):
@@ -376,6 +490,7 @@ def test_every_transformation_takes_part():
     assert makers == {case.factory.__name__ for case in CASES.values() if case.factory is not proximal_sgd} | {
         maker.__name__ for maker in INSIDE
     }
+    assert makers == {maker.__name__ for maker in WRONG}
 
 
 def parabola(x):
