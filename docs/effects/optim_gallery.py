@@ -226,8 +226,8 @@ CONSTRAINED: dict[str, tuple[str, Callable, Callable]] = {
     "lp(1.5)": ("ball of the 3-norm", lambda x: np.sum(x**3), none),
     "lp(2)": ("disc", lambda x: np.sum(x**2), none),
     "linf": ("diamond", np.sum, none),
-    "nuclear": ("largest singular value", np.sum, none),
-    "spectral": ("sum of singular values", lambda x: 2 * x, none),
+    "nuclear": ("diamond", np.sum, none),
+    "spectral": ("half box", lambda x: 2 * x, none),
     "dead_zone": ("box", each, lambda x: EPS * np.sum(x)),
     "huber": ("box", each, lambda x: EPS * square(x)),
     "relativistic": ("box", each, lambda x: EPS * np.sum(1 - np.sqrt(1 - x**2))),
@@ -241,6 +241,7 @@ CONSTRAINED: dict[str, tuple[str, Callable, Callable]] = {
     "compander": ("box", each, none),
 }
 CONSTRAINED |= {
+    "sgdp": CONSTRAINED["squared_l2"],
     "optax.sgd": CONSTRAINED["squared_l2"],
     "optax.sgd, nesterov": CONSTRAINED["squared_l2"],
     "optax.lion": CONSTRAINED["sign"],
@@ -258,6 +259,7 @@ PENALTIES = {
     "log_sum_exp": "entropy",
     "apply_prox, wgsef": "$\\frac12\\lVert x\\rVert_1^2$",
 }
+PENALTIES |= {name: PENALTIES["squared_l2"] for name in ("sgdp", "optax.sgd", "optax.sgd, nesterov")}
 
 
 def constrained_minimum(name: str) -> np.ndarray:
@@ -379,6 +381,7 @@ def experiment(steps: int = 500, names: tuple[str, ...] | None = None) -> Galler
                 entry = (BALL | OPTAX)[name]
                 walk = runs[name] if entry is (VALLEY | OPTAX).get(name) else walks(entry, steps)
                 in_ball[name] = np.asarray(walk(np.full(len(RATES), RATE), DECAY, False))[0]
+        in_ball = {name: in_ball[name] for name in BALL | OPTAX if name in in_ball}
         on_valley |= {name: (path, None) for name, path in searched(steps).items()}
         twins = {
             "top_k(1) is linf": (of_kappa(kappas.top_k(1)), "linf"),
@@ -462,10 +465,12 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     ]
     cone_rows = [f"| {name} | {count} |" for name, count in results["cone"].items()]
     angle_rows = [f"| {name} | {row['length']:.2f} | {row['angle']:.2f} |" for name, row in results["angle"].items()]
+    same_rows = [f"| {sentence} | {distance:.1e} |" for sentence, distance in results["same"].items()]
     heads = {
         "valley": ("| optimizer | learning rate | loss at the end | distance to the minimum |", valley_rows),
         "constraint": ("| optimizer | set | penalty | minimum of the problem | end | distance |", ball_rows),
         "free": ("| optimizer | end |", free_rows),
+        "same": ("| | greatest distance between the paths |", same_rows),
         "cone": ("| rule | steps to separation |", cone_rows),
         "angle": ("| optimizer | length at the end | angle at the end |", angle_rows),
     }

@@ -127,7 +127,8 @@ def draw_cone(paths: dict[str, tuple[np.ndarray, int]]) -> Any:
         )
         walk(axes[name], shown, color_of(name))
         axes[name].plot(*shown.T, ".", color=color_of(name), ms=5, zorder=4)
-        title(axes[name], name, f"{count} steps")
+        rule, _, variant = name.partition(", ")
+        title(axes[name], rule, f"{variant}, {count} steps".removeprefix(", "))
         axes[name].set(xlim=(-0.25, 1.15), ylim=(-1.15, 1.15), aspect="equal")
     return figure
 
