@@ -49,6 +49,7 @@ from poise.fdistill.losses import (
     surrogate_loss,
 )
 from poise.fdistill.mixture import GaussianMixture
+from poise.fdistill.oracles import Oracles
 from poise.fdistill.prediction import denoising_loss, prediction_target, x0_from_prediction
 from poise.fdistill.ratio import (
     RatioBins,
@@ -76,6 +77,7 @@ __all__ = [
     "MixtureGradient",
     "NoiseSchedule",
     "Optimizers",
+    "Oracles",
     "RatioBins",
     "TeacherState",
     "WeightMoments",

@@ -9,7 +9,8 @@ from poise.core import Algorithm, Batch, Metrics, sum_over
 from poise.fdistill.critics import critic_updates
 from poise.fdistill.distill_config import FDistillConfig
 from poise.fdistill.distill_state import FDistillState, Optimizers
-from poise.fdistill.networks import Networks
+from poise.fdistill.networks import Distance, Networks
+from poise.fdistill.oracles import Oracles
 from poise.fdistill.ratio import init_ratio_bins
 from poise.fdistill.student import student_update
 
@@ -22,8 +23,11 @@ def f_distill(
     *,
     teacher: PyTree | None = None,
     start: FDistillState | None = None,
+    student_net: nn.Module | None = None,
     feature_levels: tuple[int, ...] = (-1,),
     update_student: bool = True,
+    distance: Distance | None = None,
+    oracles: Oracles | None = None,
     axis_name: str | None = None,
 ) -> Algorithm:
     r"""Distils a denoiser into a one-step generator, as an :class:`poise.core.Algorithm`.
@@ -38,8 +42,9 @@ def f_distill(
 
     plus ``gan_weight`` times the non-saturating adversarial gradient. Reverse-KL has $h = 1$: that is DMD2.
 
-    *Critics.* The fake score, a denoiser that starts as the teacher's copy, is fitted to fresh samples of the student;
-    the head, on the frozen teacher's features, learns to tell real from generated images at random noise levels.
+    *Critics.* The fake score, a denoiser that starts as the teacher's copy, is fitted to samples of the student; the
+    head learns to tell real from generated images at random noise levels, from the frozen teacher's features, from the
+    fake score's (which it may train, too), or from the noised images themselves: ``config.head_features``.
 
     Every draw of example ``i`` depends on the step's key and ``i`` alone, and every mean over the batch is one over the
     global batch, so the numbers do not depend on the number of devices. Networks run without dropout. The ratio, the
@@ -47,28 +52,41 @@ def f_distill(
 
     Args:
       net: the denoiser of teacher, student and fake score; with ``feature_levels=...`` it must return
-        ``(D, features)`` and with ``features_only=True`` the features, as :class:`poise.nets.EDMPrecond` does. Its
-        ``label_dim`` says how many classes there are; the student's labels are uniform over them.
-      head: gives logits ``[B, K]`` from ``(features, sigma, labels)``; their mean over K is the log ratio.
+        ``(D, features)`` and with ``features_only=True`` the features, as :class:`poise.nets.EDMPrecond` does, unless
+        the head has features of its own. Its ``label_dim`` says how many classes there are; the student's labels are
+        uniform over them.
+      head: gives logits ``[B, K]`` from ``(features, sigma, labels)``, one for each of ``feature_levels`` or as many as
+        it likes; their mean over K is the log ratio. With ``head_features="own"`` the features are the noised images.
       config: the settings.
-      optimizers: for student, fake score and head. Clipping and schedules go in here.
+      optimizers: for student, fake score and head. Clipping and schedules go in here. With ``train_features`` the
+        second one moves ``{"fake": ..., "head": ...}``.
       teacher: the teacher's variables, unless ``start`` is given.
       start: a state to begin from, such as one whose critics are warmed up; its student is kept.
+      student_net: a network for the student instead of a copy of the teacher, called alike; it starts from its own
+        initialization.
       feature_levels: the resolutions whose last encoder block feeds the head, 0 the finest, -1 the coarsest.
       update_student: False trains the critics alone: the warm-up that makes the first ratios meaningful.
+      distance: of the regression loss, ``(x, target) -> [B]``, such as a perceptual one; by default the mean squared
+        error.
+      oracles: what is known exactly and needn't be learned.
       axis_name: the axis of an enclosing ``pmap`` or ``shard_map``.
 
     Returns:
       An algorithm with state :class:`FDistillState`. A batch is a dict of ``image`` ``[fake_updates, B, H, W, C]`` and,
-      for a conditional network, ``label`` ``[fake_updates, B]``. Metrics of the critics (of the cycle's last update):
+      for a conditional network, ``label`` ``[fake_updates, B]``. With a regression loss it also holds the teacher's
+      ``target`` ``[n, B, H, W, C]`` for ``latents`` of the same shape (unit normal; ``target`` is what an ODE sampler
+      makes of them) and, for a conditional network, ``target_label`` ``[n, B]``; the first of the n is used, so that
+      all arrays are split over devices along one axis. Metrics of the critics (of the cycle's last update):
       ``fake_loss``, ``discriminator_loss``, ``logit_real``, ``logit_fake``, gradient norms; of the student:
-      ``matching_norm`` (the mean size of the matching gradient), ``generator_loss``, ``weight_min``, ``weight_max``,
-      ``effective_sample_size`` (of the global batch), ``ratio_bin_<i>`` (mean ratio before normalisation, 1 for a
-      perfect head), gradient norm.
+      ``matching_norm`` (the mean size of the matching gradient), ``generator_loss``, ``regression_loss``,
+      ``weight_min``, ``weight_max``, ``effective_sample_size`` (of the global batch), ``ratio_bin_<i>`` (mean ratio
+      before normalisation, 1 for a perfect head), gradient norm.
 
     Raises:
-      ValueError: if not exactly one of ``teacher`` and ``start`` is given, or a batch has fewer than 2 examples (the
-        weights' mean would make each weight 1, whatever the divergence) or not ``fake_updates`` of them.
+      ValueError: if not exactly one of ``teacher`` and ``start`` is given, a head must be trained without optimizer, an
+        oracle stands for the fake score whose features the head would see, guidance or labels don't fit the network, or
+        a batch lacks something, has fewer than 2 examples (the weights' mean would make each weight 1, whatever the
+        divergence) or not ``fake_updates`` of them.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax
@@ -91,14 +109,19 @@ def f_distill(
       https://arxiv.org/abs/2502.15681; Yin et al., *Improved Distribution Matching Distillation for Fast Image
       Synthesis* (DMD2), https://arxiv.org/abs/2405.14867. The authors' released code normalises ratios over bins that
       are linear in sigma, by the batch alone (``bins="linear"``, ``bins_decay=0``), and weighs the fake score's loss by
-      1; the defaults here are bins of equal probability with a running mean, and DMD2's weight. Its whole weighting, to
-      the last small constant, is :func:`poise.fdistill.fastgen_weight`.
+      1; the defaults here are bins of equal probability with a running mean, and DMD2's weight.
+      :func:`poise.fdistill.preset` has the settings of both codes.
     """
     if (teacher is None) == (start is None):
         raise ValueError(
             "exactly one of teacher and start must be given, got " + ("neither" if start is None else "both")
         )
-    networks = Networks(net, head, config, optimizers, feature_levels, axis_name)
+    oracles = Oracles() if oracles is None else oracles
+    networks = Networks(net, head, config, optimizers, feature_levels, axis_name, student_net, oracles, distance)
+    if oracles.fake is not None and config.head_features == "fake":
+        raise ValueError("head_features must not be 'fake' when an oracle stands for the fake score")
+    if networks.learns_ratio and not networks.joint and optimizers.head is None:
+        raise ValueError("optimizers must have one for the head, which is trained on its own here, got None")
     if config.guidance_scale != 1.0 and not networks.label_dim:
         raise ValueError(f"guidance_scale must be 1 for a network without classes, got {config.guidance_scale}")
 
@@ -108,22 +131,34 @@ def f_distill(
         assert teacher is not None
         variables = dict(teacher)
         params = variables["params"]
+        frozen = {"teacher": variables}
         image, labels = batch["image"][0, :1], batch.get("label")
         labels = None if labels is None else labels[0, :1]
         sigma = jnp.ones((1,), image.dtype)
-        head_params = head.init(key, networks.features(variables, image, sigma, labels), sigma, labels)["params"]
-        return FDistillState(
-            frozen={"teacher": variables},
-            student=params,
-            student_opt=optimizers.student.init(params),
+        student = params
+        if student_net is not None:
+            made = dict(student_net.init(jax.random.fold_in(key, 1), image, sigma, labels))
+            student = made.pop("params")
+            frozen["student"] = made
+        state = FDistillState(
+            frozen=frozen,
+            student=student,
+            student_opt=optimizers.student.init(student),
             fake=params,
-            fake_opt=optimizers.fake.init(params),
-            head=head_params,
-            head_opt=optimizers.head.init(head_params),
+            fake_opt=(),
+            head=(),
+            head_opt=(),
             bins=init_ratio_bins(config.num_bins),
-            ema=tuple(params for _ in config.ema_decays),
+            ema=tuple(student for _ in config.ema_decays),
             step=jnp.zeros((), jnp.int32),
         )
+        head_params = head.init(key, networks.features(state, params, image, sigma, labels), sigma, labels)["params"]
+        if networks.joint:
+            return state._replace(
+                head=head_params, fake_opt=optimizers.fake.init({"fake": params, "head": head_params})
+            )
+        head_opt = () if optimizers.head is None else optimizers.head.init(head_params)
+        return state._replace(head=head_params, fake_opt=optimizers.fake.init(params), head_opt=head_opt)
 
     def step(state: FDistillState, batch: Batch, key: PRNGKeyArray) -> tuple[FDistillState, Metrics]:
         image = batch["image"]
@@ -140,10 +175,29 @@ def f_distill(
         if batch_size < 2:
             raise ValueError(f"the batch size must be at least 2, got {batch_size}")
         metrics: Metrics = {}
+        generated = None
         if update_student:
-            state, metrics = student_update(networks, state, image[0], jax.random.fold_in(key, 0))
+            if config.regression_weight > 0:
+                _check_pairs(batch, bool(networks.label_dim))
+            state, metrics, generated = student_update(networks, state, batch, jax.random.fold_in(key, 0))
         keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(1, config.fake_updates + 1))
-        state, critic_metrics = critic_updates(networks, state, batch, keys)
+        reused = generated if config.critics_on_student_step else None
+        state, critic_metrics = critic_updates(networks, state, batch, keys, reused)
         return state, {**metrics, **critic_metrics}
 
     return Algorithm(init, step)
+
+
+def _check_pairs(batch: Batch, conditional: bool) -> None:
+    missing = [name for name in ("latents", "target") if name not in batch]
+    if missing or conditional != (batch.get("target_label") is not None):
+        raise ValueError(
+            "batch must hold 'latents' and 'target' for the regression loss and 'target_label' if and only if the "
+            f"network has classes, got {sorted(batch)}"
+        )
+    shape, image = batch["latents"].shape, batch["image"].shape
+    if batch["target"].shape != shape or len(shape) != len(image) or shape[2:] != image[2:]:
+        raise ValueError(
+            f"latents and target must have one shape [n, B, ...] with images of shape {image[2:]}, "
+            f"got {shape} and {batch['target'].shape}"
+        )

@@ -14,25 +14,27 @@ class Optimizers(NamedTuple):
     Attributes:
       student: moves the one-step generator.
       fake: moves the fake score, the denoiser of the student's distribution.
-      head: moves the head that estimates the density ratio.
+      head: moves the head that estimates the density ratio; None where ``fake`` moves it, too
+        (``FDistillConfig.train_features``), or where there is nothing to learn.
     """
 
     student: optax.GradientTransformation
     fake: optax.GradientTransformation
-    head: optax.GradientTransformation
+    head: optax.GradientTransformation | None = None
 
 
 class FDistillState(NamedTuple):
     """Everything that a distillation holds.
 
     Attributes:
-      frozen: ``{"teacher": variables}``; never changes.
+      frozen: ``{"teacher": variables}``, and for a student with a network of its own ``"student"`` with that network's
+        constants; never changes.
       student: parameters of the one-step generator.
       student_opt: its optimizer's state.
       fake: parameters of the fake score.
-      fake_opt: its optimizer's state.
+      fake_opt: its optimizer's state; with ``train_features`` that of fake score and head.
       head: parameters of the ratio head.
-      head_opt: its optimizer's state.
+      head_opt: its optimizer's state; empty with ``train_features``.
       bins: running means of the density ratio over noise levels.
       ema: averages of ``student``, one for each of ``FDistillConfig.ema_decays``.
       step: finished student updates.
@@ -69,4 +71,4 @@ def student_variables(state: FDistillState, average: int | None = 0) -> dict[str
       ({'params': 4.0}, {'params': 1.0})
     """
     params = state.student if average is None else state.ema[average]
-    return {**state.frozen["teacher"], "params": params}
+    return {**state.frozen.get("student", state.frozen["teacher"]), "params": params}

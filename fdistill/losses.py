@@ -66,6 +66,7 @@ def matching_gradient(
     weight: Float[Array, " batch"] | None = None,
     eps: float | int = 1e-6,
     nan_to_num: bool | None = None,
+    normalizer: Float[Array, " batch"] | None = None,
 ) -> Float[Array, "batch *event"]:
     r"""The gradient of distribution matching with respect to the student's images, weighted per example.
 
@@ -81,6 +82,8 @@ def matching_gradient(
       weight: $h$, one per example; None for 1.
       eps: added to the mean absolute difference; FastGen has 1e-6, DMD2 has 0.
       nan_to_num: whether infinities and NaN become finite, as DMD2 does; by default only for ``eps=0``.
+      normalizer: what each example's difference is divided by; None for the mean absolute difference and ``eps``. With
+        $\sigma^2$ it is the difference of the two scores, and $g$ the gradient of the f-divergence itself.
 
     Returns:
       $g$, a constant (no gradient passes to anything), in float32 for narrower images.
@@ -102,7 +105,11 @@ def matching_gradient(
     _same_shape(x=x, x0_real=x0_real, x0_fake=x0_fake)
     check_range("eps", eps, low=0.0)
     x, x0_real, x0_fake = (jax.lax.stop_gradient(at_least_float32(a)) for a in (x, x0_real, x0_fake))
-    factor = 1.0 / (jnp.mean(jnp.abs(x - x0_real), axis=_event_axes(x)) + eps)
+    if normalizer is None:
+        factor = 1.0 / (jnp.mean(jnp.abs(x - x0_real), axis=_event_axes(x)) + eps)
+    else:
+        _per_example("normalizer", normalizer, x)
+        factor = 1.0 / jax.lax.stop_gradient(normalizer.astype(x.dtype))
     if weight is not None:
         _per_example("weight", weight, x)
         factor = factor * jax.lax.stop_gradient(at_least_float32(weight)).astype(factor.dtype)

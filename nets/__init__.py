@@ -17,6 +17,7 @@ from poise.nets.embeddings import FourierEmbedding, PositionalEmbedding, positio
 from poise.nets.group_norm import GroupNorm, group_count
 from poise.nets.initializers import LayerInit
 from poise.nets.labels import label_vectors
+from poise.nets.mlp import MLP, AffineGenerator, MLPHead
 from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning_of
 from poise.nets.ratio_head import RatioHead
 from poise.nets.resampling import ResampleConv, downsample, upsample
@@ -25,6 +26,8 @@ from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
 
 __all__ = [
     "EDM_CHECKPOINTS",
+    "MLP",
+    "AffineGenerator",
     "BlockStyle",
     "DhariwalUNet",
     "DiscriminatorHead",
@@ -33,6 +36,7 @@ __all__ = [
     "FourierEmbedding",
     "GroupNorm",
     "LayerInit",
+    "MLPHead",
     "PositionalEmbedding",
     "RatioHead",
     "ResampleConv",
