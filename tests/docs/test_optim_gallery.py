@@ -38,6 +38,7 @@ def test_the_tables_of_the_page_are_those_of_the_results(gallery):
 # Functions that are parts, measures, or runs of what the gallery shows.
 ELSEWHERE = {
     "adamp_view",
+    "batch_perceptron",
     "companded_scales",
     "companding",
     "companding_bound",
