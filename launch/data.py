@@ -1,7 +1,8 @@
 """Where batches come from: a batch is a pure function of (seed, step), so a resumed run needs only its step."""
 
+import concurrent.futures
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -31,7 +32,7 @@ class Data(Protocol):
 
 
 @functools.lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+def epoch_order(seed: int, epoch: int, num_examples: int) -> np.ndarray:
     """One epoch's order, by sorting raw bits: numpy promises the stream of its bit generators alone."""
     bits = np.random.Philox(key=np.array([seed, epoch], np.uint64)).random_raw(num_examples)
     order = np.argsort(bits, kind="stable")
@@ -92,7 +93,7 @@ def batch_indices(
     indices = np.empty(share, np.int64)
     for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
         chosen = epochs == epoch
-        indices[chosen] = _order(seed, epoch, num_examples)[places[chosen]]
+        indices[chosen] = epoch_order(seed, epoch, num_examples)[places[chosen]]
     return indices
 
 
@@ -123,11 +124,12 @@ def _checked(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return checked
 
 
-class InMemory:
-    """Arrays in memory, shuffled anew every epoch; see :func:`batch_indices`.
+class Shuffled:
+    """Examples read by their indices, shuffled anew every epoch; see :func:`batch_indices`.
 
     Args:
-      arrays: by name, examples along the first axis. They are not copied.
+      read: from indices ``[n]`` to arrays by name, examples along the first axis; a pure function.
+      num_examples: examples there are.
       batch_size: examples in the global batch; may exceed the number of examples.
       seed: of the order.
       cycle: None for leaves ``[B, ...]``; ``k`` for ``[k, B, ...]``, of ``k`` consecutive batches, for a step that
@@ -136,8 +138,60 @@ class InMemory:
       process_count: all hosts.
 
     Raises:
-      DataError: if there are no examples, the arrays differ in length, or a value is not finite.
       ValueError: if ``batch_size`` or ``cycle`` is below 1 or the hosts can't share the batch evenly.
+
+    Example:
+      >>> from poise.launch.data import Shuffled
+      >>> squares = Shuffled(lambda indices: {"square": indices**2}, num_examples=10, batch_size=5, seed=0, cycle=2)
+      >>> sorted(squares.batch(0)["square"].ravel().tolist())
+      [0, 1, 4, 9, 16, 25, 36, 49, 64, 81]
+    """
+
+    def __init__(
+        self,
+        read: Callable[[np.ndarray], Mapping[str, np.ndarray]],
+        num_examples: int,
+        batch_size: int,
+        seed: int,
+        cycle: int | None = None,
+        *,
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        self._read, self._num_examples = read, num_examples
+        if cycle is not None:
+            _at_least("cycle", cycle, 1)
+        self.batch_size, self.seed, self.cycle = batch_size, seed, cycle
+        self.batch_axis = 0 if cycle is None else 1
+        self._hosts = (process_index, process_count)
+        self._indices(0)
+
+    def _indices(self, step: int) -> np.ndarray:
+        return batch_indices(self.seed, step, self.batch_size, self._num_examples, *self._hosts)
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """This host's part of the batch of a step, from 0."""
+        if self.cycle is None:
+            return dict(self._read(self._indices(step)))
+        indices = np.stack([self._indices(step * self.cycle + i) for i in range(self.cycle)])
+        found = self._read(indices.ravel())
+        return {name: array.reshape(*indices.shape, *array.shape[1:]) for name, array in found.items()}
+
+
+class InMemory(Shuffled):
+    """Arrays in memory, shuffled anew every epoch.
+
+    Args:
+      arrays: by name, examples along the first axis. They are not copied.
+      batch_size: examples in the global batch; may exceed the number of examples.
+      seed: of the order.
+      cycle: see :class:`Shuffled`.
+      process_index: this host.
+      process_count: all hosts.
+
+    Raises:
+      DataError: if there are no examples, the arrays differ in length, or a value is not finite.
+      ValueError: as :class:`Shuffled`.
 
     Example:
       >>> import numpy as np
@@ -157,25 +211,53 @@ class InMemory:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._arrays = _checked(arrays)
-        self._num_examples = len(next(iter(self._arrays.values())))
-        if cycle is not None:
-            _at_least("cycle", cycle, 1)
-        self.batch_size, self.seed, self.cycle = batch_size, seed, cycle
-        self.batch_axis = 0 if cycle is None else 1
-        self._hosts = (process_index, process_count)
-        self._indices(0)
+        checked = _checked(arrays)
+        super().__init__(
+            lambda indices: {name: array[indices] for name, array in checked.items()},
+            len(next(iter(checked.values()))),
+            batch_size,
+            seed,
+            cycle,
+            process_index=process_index,
+            process_count=process_count,
+        )
 
-    def _indices(self, step: int) -> np.ndarray:
-        return batch_indices(self.seed, step, self.batch_size, self._num_examples, *self._hosts)
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
+class Prefetched:
+    """Batches that are made in the background while the devices compute.
+
+    Args:
+      data: where they come from; its ``batch`` is called from other threads.
+      ahead: how many batches to make in advance, each in its own thread; at least 1.
+
+    Example:
+      >>> import numpy as np
+      >>> from poise.launch.data import InMemory, Prefetched
+      >>> data = InMemory({"x": np.arange(6)}, batch_size=2, seed=0)
+      >>> ahead = Prefetched(data)
+      >>> all((ahead.batch(step)["x"] == data.batch(step)["x"]).all() for step in (0, 1, 7))
+      True
+    """
+
+    def __init__(self, data: Data, ahead: int = 2):
+        _at_least("ahead", ahead, 1)
+        self.batch_axis, self.batch_size = data.batch_axis, data.batch_size
+        self._data, self._ahead = data, ahead
+        self._pool = concurrent.futures.ThreadPoolExecutor(ahead, thread_name_prefix="batches")
+        self._coming: dict[int, concurrent.futures.Future] = {}
+        self._last = -2
+
+    def batch(self, step: int) -> Any:
         """This host's part of the batch of a step, from 0."""
-        if self.cycle is None:
-            indices = self._indices(step)
-        else:
-            indices = np.stack([self._indices(step * self.cycle + i) for i in range(self.cycle)])
-        return {name: array[indices] for name, array in self._arrays.items()}
+        ahead = self._ahead if step - 1 == self._last else 0  # not for a look at the first batch's shapes
+        self._last = step
+        wanted = range(step, step + ahead + 1)
+        for other in [number for number in self._coming if number not in wanted]:
+            self._coming.pop(other).cancel()
+        for number in wanted:
+            if number not in self._coming:
+                self._coming[number] = self._pool.submit(self._data.batch, number)
+        return self._coming.pop(step).result()
 
 
 class NoData:

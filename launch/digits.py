@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from poise.launch.data import DataError
+from poise.launch.data import DataError, epoch_order
 
 CLASS_NAMES = tuple("0123456789")
 MAXIMUM = 16
@@ -59,8 +59,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         from sklearn.datasets import load_digits as sklearn_digits
 
         digits = sklearn_digits()
-        bits = np.random.Philox(key=np.array([_SPLIT_SEED, 0], np.uint64)).random_raw(len(digits.target))
-        order = np.argsort(bits, kind="stable")
+        order = epoch_order(_SPLIT_SEED, 0, len(digits.target))
         first = NUM_EXAMPLES["train"]
         chosen = order[:first] if split == "train" else order[first:]
         for position, index in enumerate(chosen):

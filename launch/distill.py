@@ -1,9 +1,9 @@
 """Distils a diffusion teacher into a one-step generator: ``python -m poise.launch.distill --workdir=runs/digits``.
 
-The run has three phases: a class-conditional EDM teacher is trained, the critics (fake score and ratio head) are warmed
-up, and the student is distilled. Then teacher and student are judged against held-out images, and ``report.json``,
-``samples.png``, ``distill.png`` and ``student.safetensors`` are written to the working directory. The same command goes
-on where a stopped run left off.
+The run has three phases: an EDM teacher is trained (unless ``--teacher`` brings one), the critics (fake score and ratio
+head) are warmed up, and the student is distilled. Then teacher and student are judged against held-out images, and
+``report.json``, ``samples.png``, ``distill.png`` and ``student.safetensors`` are written to the working directory. The
+same command goes on where a stopped run left off.
 """
 
 import dataclasses
@@ -19,6 +19,8 @@ DIVERGENCES = (
     "pearson_chi2", "neyman_chi2", "triangular",
 )  # fmt: skip
 
+ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
+
 # jax and everything that needs it is imported when the run starts, so that --help and mistakes answer at once.
 
 
@@ -27,43 +29,68 @@ class DistillConfig:
     """The settings of a distillation run; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
+    data: str = field("digits", "what is learned: digits, tfds:NAME, or folder:PATH of image files")
     data_dir: str = field("", "folder of prepared data sets; empty: <workdir>/data", role="execution")
+    image_size: int = field(0, "images of a folder are cropped and resized to it; 0: they have one size", minimum=0)
+    eval_images: int = field(5000, "training images, at most, that generated ones are compared with", minimum=10)
     seed: int = field(0, "seed of the run: parameters, data order and noise", minimum=0, maximum=2**32 - 1)
 
+    teacher: str = field("", "folder of a trained teacher, of a run or of convert_edm; empty: train one")
+    architecture: str = field("ddpmpp", "the U-Net, unless --teacher brings its own", choices=ARCHITECTURES)
     model_channels: int = field(16, "channels of the U-Net's finest level", minimum=4)
     channel_mult: tuple[int, ...] = field((1, 2), "channel multiplier of each level, finest first", minimum=1)
     num_blocks: int = field(1, "residual blocks per level", minimum=1)
     attn_resolutions: tuple[int, ...] = field((4,), "resolutions with self-attention", minimum=1)
     dropout: float = field(0.0, "dropout while the teacher trains", minimum=0.0, maximum=0.9)
     precision: str = field("float32", "what the networks compute in", choices=("float32", "bfloat16"))
+    remat: bool = field(False, "recompute activations in the backward pass: less memory, more time")
 
     teacher_steps: int = field(2500, "updates of the teacher", minimum=1)
     teacher_batch_size: int = field(64, "images per update of the teacher", minimum=1)
-    teacher_learning_rate: float = field(2e-3, "its peak learning rate (cosine to zero)", exclusive_minimum=0.0)
+    teacher_learning_rate: float = field(2e-3, "its peak learning rate", exclusive_minimum=0.0)
+    teacher_warmup_steps: int = field(0, "updates over which its learning rate rises from zero", minimum=0)
+    teacher_decay: bool = field(True, "whether its learning rate then falls to zero along a cosine")
     teacher_ema_halflife: float = field(22_000.0, "half-life of its average, in images", exclusive_minimum=0.0)
+    teacher_ema_rampup: float = field(
+        0.0, "bound on the half-life, as a share of the images seen; 0: none", minimum=0.0
+    )
 
     divergence: str = field("jensen_shannon", "the f-divergence that is lowered", choices=DIVERGENCES)
     steps: int = field(
         400, "updates of the student; more than before extends a finished run", role="execution", minimum=1
     )
     warmup_steps: int = field(200, "updates of the critics before the student moves", minimum=0)
-    decay_steps: int = field(400, "updates after which the student's learning rate has reached its floor", minimum=1)
+    decay_steps: int = field(400, "updates in which the student's learning rate falls to a tenth; 0: never", minimum=0)
     batch_size: int = field(128, "images per update of student and critics", minimum=2)
     fake_updates: int = field(5, "critic updates per update of the student", minimum=1)
-    learning_rate: float = field(1e-3, "the student's peak learning rate (cosine to a tenth)", exclusive_minimum=0.0)
+    learning_rate: float = field(1e-3, "the student's peak learning rate", exclusive_minimum=0.0)
     fake_learning_rate: float = field(1e-3, "the fake score's learning rate", exclusive_minimum=0.0)
     head_learning_rate: float = field(1e-3, "the ratio head's learning rate", exclusive_minimum=0.0)
+    weight_decay: float = field(0.0, "weight decay of student, fake score and head", minimum=0.0)
+    feature_levels: tuple[int, ...] = field(
+        (-1,),
+        "levels of the teacher's features, 0 the finest and -1 the coarsest, one head each",
+        minimum=-8,
+        maximum=7,
+    )
     sigma_min: float = field(0.02, "lowest noise level at which distributions are matched", exclusive_minimum=0.0)
     sigma_max: float = field(5.0, "highest noise level at which distributions are matched", exclusive_minimum=0.0)
     gan_weight: float = field(1e-2, "weight of the student's adversarial loss", minimum=0.0)
+    r1_weight: float = field(0.0, "weight of the approximate R1 penalty on the head", minimum=0.0)
+    guidance_scale: float = field(1.0, "classifier-free guidance of the teacher; 1: none", minimum=0.0)
     bins: str = field("karras", "bins over which density ratios are normalised", choices=("karras", "linear", "none"))
     bins_decay: float = field(0.9, "decay of the bins' running means", minimum=0.0, maximum=0.9999)
+    ratio_min: float = field(0.0, "lower bound on density ratios, below 1", minimum=0.0, exclusive_maximum=1.0)
+    ratio_max: float = field(0.0, "upper bound on density ratios, above 1; 0: bounded log-ratios alone", minimum=0.0)
     ema_decay: float = field(0.98, "decay of the student's average", minimum=0.0, maximum=0.999999)
 
     sampler_steps: int = field(18, "Heun steps of the teacher when it is judged", minimum=2)
     eval_draws: int = field(5, "draws that the reported Fréchet distance is averaged over", role="execution", minimum=1)
     eval_every: int = field(50, "student updates between evaluations; 0: at the end only", role="execution", minimum=0)
-    save_every: int = field(100, "steps between checkpoints", role="execution", minimum=1)
+    save_every: int = field(100, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
+    save_every_seconds: float = field(
+        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
+    )
     keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
     parallel: str = field("jit", "how a batch is spread over devices", role="execution", choices=("jit",))
     jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
@@ -71,26 +98,53 @@ class DistillConfig:
     def __post_init__(self):
         """Checks each field, and those that belong together."""
         validate(self)
-        levels, size = len(self.channel_mult), 8  # the digits' height and width
-        if not levels or size % 2 ** (levels - 1):
-            raise ConfigError(
-                f"channel_mult must have 1 to 4 entries, since images of {size}x{size} are halved between levels, "
-                f"got {levels}"
-            )
-        resolutions = [size >> level for level in range(levels)]
-        if not set(self.attn_resolutions) <= set(resolutions):
-            raise ConfigError(
-                f"attn_resolutions must be among the network's resolutions {', '.join(map(str, resolutions))}, "
-                f"got {', '.join(map(str, self.attn_resolutions))}"
-            )
-        if self.model_channels % 4 or (self.model_channels > 128 and self.model_channels % 128):
-            raise ConfigError(
-                f"model_channels must be a multiple of 4, above 128 one of 128, got {self.model_channels}"
-            )
+        kind, _, place = self.data.partition(":")
+        if (kind, bool(place)) not in (("digits", False), ("tfds", True), ("folder", True)):
+            raise ConfigError(f"data must be digits, tfds:NAME or folder:PATH, got {self.data!r}")
+        if self.image_size and kind != "folder":
+            raise ConfigError(f"image_size must be 0 for data={self.data}, whose size is known, got {self.image_size}")
+        if self.model_channels % 4 or (self.model_channels > 128 and self.model_channels % 32):
+            raise ConfigError(f"model_channels must be a multiple of 4, above 128 one of 32, got {self.model_channels}")
+        if not self.channel_mult:
+            raise ConfigError("channel_mult must have at least one entry, got none")
+        if not self.feature_levels:
+            raise ConfigError("feature_levels must have at least one entry, got none")
         if not self.sigma_min < self.sigma_max:
             raise ConfigError(f"sigma_min must be below sigma_max, got {self.sigma_min} and {self.sigma_max}")
+        if bool(self.ratio_min) != bool(self.ratio_max) or (self.ratio_max and self.ratio_max <= 1):
+            raise ConfigError(
+                "ratio_min and ratio_max must both be 0, or lie below and above 1, "
+                f"got {self.ratio_min} and {self.ratio_max}"
+            )
+        if kind == "digits" and not self.teacher:
+            check_levels(self, 8)
 
 
+def check_levels(config: DistillConfig, size: int) -> None:
+    """Makes sure that the U-Net's levels fit images of this height and width.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
+    levels = len(config.channel_mult)
+    if size % 2 ** (levels - 1):
+        raise ConfigError(
+            f"channel_mult must have fewer entries, since images of {size}x{size} are halved between levels, "
+            f"got {levels}"
+        )
+    resolutions = [size >> level for level in range(levels)]
+    if not set(config.attn_resolutions) <= set(resolutions):
+        raise ConfigError(
+            f"attn_resolutions must be among the network's resolutions {', '.join(map(str, resolutions))}, "
+            f"got {', '.join(map(str, config.attn_resolutions))}"
+        )
+
+
+_PAPER = {  # what the paper's runs on EDM teachers share
+    "precision": "bfloat16", "sigma_min": 0.002, "sigma_max": 80.0, "fake_updates": 5, "weight_decay": 1e-2,
+    "warmup_steps": 500, "decay_steps": 0, "ratio_min": 0.1, "ratio_max": 20.0, "ema_decay": 0.9999,
+    "eval_every": 5_000, "eval_draws": 1, "save_every": 0, "save_every_seconds": 600.0,
+}  # fmt: skip
 RECIPES = {
     "digits": {},
     "smoke": {
@@ -98,48 +152,96 @@ RECIPES = {
         "model_channels": 4, "channel_mult": (1,), "attn_resolutions": (), "sampler_steps": 3, "eval_draws": 1,
         "eval_every": 2, "save_every": 2, "decay_steps": 4,
     },
+    "cifar10": {
+        **_PAPER, "data": "tfds:cifar10", "architecture": "ddpmpp", "model_channels": 128, "channel_mult": (2, 2, 2),
+        "num_blocks": 4, "attn_resolutions": (16,), "dropout": 0.13, "teacher_steps": 390_625,
+        "teacher_batch_size": 512, "teacher_learning_rate": 1e-3, "teacher_warmup_steps": 19_531,
+        "teacher_decay": False, "teacher_ema_halflife": 500_000.0, "teacher_ema_rampup": 0.05,
+        "batch_size": 2_048, "steps": 60_000, "learning_rate": 1e-4, "fake_learning_rate": 1e-4,
+        "head_learning_rate": 1e-4, "gan_weight": 1e-3, "r1_weight": 1.0, "feature_levels": (0, 1, 2),
+        "bins_decay": 0.0, "sampler_steps": 18,
+    },
+    "imagenet64": {
+        **_PAPER, "data": "tfds:imagenet_resized/64x64", "architecture": "adm", "model_channels": 192,
+        "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8), "dropout": 0.10,
+        "teacher_steps": 610_352, "teacher_batch_size": 4_096, "teacher_learning_rate": 1e-4,
+        "teacher_warmup_steps": 2_441, "teacher_decay": False, "teacher_ema_halflife": 50e6, "teacher_ema_rampup": 0.05,
+        "batch_size": 512, "steps": 380_000, "learning_rate": 2e-6, "fake_learning_rate": 2e-6,
+        "head_learning_rate": 2e-6, "gan_weight": 3e-3, "feature_levels": (-1,), "bins_decay": 0.5,
+        "sampler_steps": 40, "remat": True, "eval_images": 10_000,
+    },
 }  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the launcher and returns its exit code, see :func:`poise.launch.main.launch`."""
     arguments = sys.argv[1:] if argv is None else argv
-    return launch(DistillConfig, RECIPES, arguments, run, prog="poise.launch.distill", description=__doc__ or "")
+    return launch(
+        DistillConfig, RECIPES, arguments, run, prog="poise.launch.distill", description=__doc__ or "", check=check
+    )
+
+
+def check(config: DistillConfig) -> None:
+    """Looks at the data and the teacher before anything is written.
+
+    Raises:
+      ConfigError: if they don't fit each other or the flags.
+    """
+    from poise.launch.image_sets import open_images
+    from poise.launch.teachers import read_description
+
+    if config.data == "digits" and not config.teacher:
+        return
+    if config.data == "digits":
+        shape, classes, maximum = (8, 8, 1), 10, 16
+    else:
+        images = open_images(config.data, config.data_dir, config.image_size).train
+        shape, classes, maximum = images.image_shape, len(images.class_names), images.maximum
+    if not config.teacher:
+        return check_levels(config, shape[0])
+    found = read_description(config.teacher)
+    has = (found["network"].image_shape, found["network"].num_classes, found["scale"].maximum)
+    if has != (shape, classes, maximum):
+        raise ConfigError(
+            "the teacher must be one of the data's images: its network has shape, classes and largest pixel value "
+            f"{has}, the data has {(shape, classes, maximum)}"
+        )
 
 
 def run(config: DistillConfig, workdir: pathlib.Path) -> None:
-    """The whole run, top to bottom: data, networks, training, judgement."""
-    from poise.launch.digits import CLASS_NAMES, MAXIMUM, load_digits
-    from poise.launch.distill_phases import distill_phases
+    """The whole run, top to bottom: data, teacher, networks, training, judgement."""
+    from poise.launch.distill_phases import distill_phases, network_of
     from poise.launch.distill_results import write_results
+    from poise.launch.image_sets import first_images, open_images
     from poise.launch.loop import fit
-    from poise.launch.networks import NetworkConfig
     from poise.launch.pixels import PixelScale
     from poise.launch.quality import Judge
+    from poise.launch.teachers import describe_teacher, load_teacher
 
-    digits = load_digits(config.data_dir or workdir / "data")
-    train, held_out = digits["train"], digits["test"]
-    scale = PixelScale.fit(train["image"], MAXIMUM)
-    network = NetworkConfig(
-        image_shape=train["image"].shape[1:],
-        num_classes=len(CLASS_NAMES),
-        model_channels=config.model_channels,
-        channel_mult=config.channel_mult,
-        num_blocks=config.num_blocks,
-        attn_resolutions=config.attn_resolutions,
-        dropout=config.dropout,
-        precision=config.precision,
-    )
+    data_dir = config.data_dir or (workdir / "data" if config.data == "digits" else "")
+    images = open_images(config.data, data_dir, config.image_size)
+    train, held_out = (first_images(part, config.eval_images) for part in images)
+    class_names = images.train.class_names
+    if config.teacher:
+        loaded = load_teacher(config.teacher)
+        network, scale = loaded.network._replace(precision=config.precision), loaded.scale
+        start = loaded.variables
+    else:
+        scale = PixelScale.fit(train["image"], images.train.maximum) if config.data == "digits" else PixelScale.edm()
+        network, start = network_of(config, images.train), None
+        describe_teacher(workdir, network, scale, class_names, config.teacher_steps)
     judge = Judge(train, held_out, scale)
     result = fit(
-        distill_phases(config, network, train, judge),
+        distill_phases(config, network, images.train, judge),
         workdir=workdir,
         seed=config.seed,
+        start=start,
         save_every=config.save_every,
+        save_every_seconds=config.save_every_seconds,
         keep=config.keep,
         parallel=config.parallel,
     )
-    write_results(config, network, result, train, judge, CLASS_NAMES, workdir)
+    write_results(config, network, result, train, judge, class_names, workdir)
 
 
 if __name__ == "__main__":

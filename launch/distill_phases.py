@@ -1,66 +1,72 @@
-"""The three phases of a distillation run: teacher, warm-up of the critics, distillation."""
+"""The phases of a distillation run: teacher (unless there is one), warm-up of the critics, distillation."""
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 
-from poise.fdistill import (
-    FDistillConfig,
-    Optimizers,
-    edm_teacher,
-    f_distill,
-    one_step,
-    student_variables,
-    teacher_variables,
-)
-from poise.launch.data import InMemory
+from poise.fdistill import FDistillConfig, Optimizers, edm_teacher, f_distill, student_variables, teacher_variables
+from poise.launch.data import Data, InMemory, Prefetched, Shuffled
+from poise.launch.drawing import Drawer, labels_in_turn, one_step_generate
+from poise.launch.image_sets import ArrayImages, ImageSet
 from poise.launch.networks import NetworkConfig, build_network
 from poise.launch.phase import Phase
+from poise.launch.pixels import PixelScale
 from poise.launch.quality import Judge
 from poise.nets import RatioHead
 
 if TYPE_CHECKING:
     from poise.launch.distill import DistillConfig
 
+_VARIANTS: dict[str, dict[str, Any]] = {
+    "ddpmpp": {"model_type": "SongUNet"},
+    "ncsnpp": {
+        "model_type": "SongUNet",
+        "embedding_type": "fourier",
+        "channel_mult_noise": 2,
+        "encoder_type": "residual",
+        "resample_filter": (1, 3, 3, 1),
+    },
+    "adm": {"model_type": "DhariwalUNet"},
+}
+
+
+def network_of(config: "DistillConfig", images: ImageSet) -> NetworkConfig:
+    """The network that the flags describe, for these images."""
+    size, _, channels = images.image_shape
+    architecture = {
+        **_VARIANTS[config.architecture],
+        "img_resolution": size,
+        "img_channels": channels,
+        "label_dim": len(images.class_names),
+        "model_channels": config.model_channels,
+        "channel_mult": config.channel_mult,
+        "num_blocks": config.num_blocks,
+        "attn_resolutions": config.attn_resolutions,
+        "dropout": config.dropout,
+        "sigma_data": 0.5,
+    }
+    return NetworkConfig(architecture, config.precision)
+
 
 def distill_phases(
-    config: "DistillConfig", network: NetworkConfig, train: dict[str, np.ndarray], judge: Judge
+    config: "DistillConfig", network: NetworkConfig, images: ImageSet, judge: Judge
 ) -> tuple[Phase, ...]:
     """Puts the run together.
 
     Args:
       config: the run's settings.
       network: the denoiser's settings.
-      train: ``image`` in pixel values and ``label``.
-      judge: gives the quick evaluations of the student.
+      images: what is trained on.
+      judge: gives the quick evaluations of the student, and the scale of the images.
 
     Returns:
-      The phases, in order.
+      The phases, in order. Without one that trains a teacher, the first receives a teacher's variables.
     """
-    net = build_network(network)
-    images = {"image": judge.scale.to_network(train["image"]), "label": train["label"].astype(np.int32)}
-    sigma_data = judge.scale.sigma_data
-
-    teacher = Phase(
-        name="teacher",
-        make_algorithm=lambda _: edm_teacher(
-            net,
-            optax.adamw(
-                optax.cosine_decay_schedule(config.teacher_learning_rate, config.teacher_steps), weight_decay=1e-4
-            ),
-            sigma_data=sigma_data,
-            ema_halflife=config.teacher_ema_halflife,
-            ema_rampup=None,
-        ),
-        data=InMemory(images, config.teacher_batch_size, config.seed),
-        num_steps=config.teacher_steps,
-    )
-
+    net = build_network(network, config.remat)
+    batches = functools.partial(_batches, images, judge.scale, config.seed)
     settings = FDistillConfig(
         divergence=config.divergence,
         sigma_min=config.sigma_min,
@@ -68,53 +74,102 @@ def distill_phases(
         fake_updates=config.fake_updates,
         bins=config.bins,
         bins_decay=config.bins_decay,
-        ratio_range=None,  # these settings were found with bounded log-ratios alone
+        ratio_range=(config.ratio_min, config.ratio_max) if config.ratio_max else None,
         gan_weight=config.gan_weight,
-        sigma_data=sigma_data,
+        r1_weight=config.r1_weight,
+        guidance_scale=config.guidance_scale,
+        sigma_data=network.sigma_data,
         ema_decays=(config.ema_decay,),
     )
-    clip = optax.clip_by_global_norm(10.0)
-    student_rate = optax.cosine_decay_schedule(config.learning_rate, config.decay_steps, alpha=0.1)
-    optimizers = Optimizers(
-        student=optax.chain(clip, optax.adamw(student_rate, weight_decay=0.0)),
-        fake=optax.chain(clip, optax.adamw(config.fake_learning_rate, weight_decay=0.0)),
-        head=optax.adam(config.head_learning_rate, b1=0.5),
+    distillation = functools.partial(
+        f_distill,
+        net,
+        RatioHead(label_dim=network.num_classes),
+        optimizers=_optimizers(config),
+        feature_levels=config.feature_levels,
     )
-
-    head = RatioHead(label_dim=network.num_classes)
-    distillation = functools.partial(f_distill, net, head, optimizers=optimizers)
     warmup = Phase(
         name="warmup",
         make_algorithm=lambda finished: distillation(
             config=dataclasses.replace(settings, fake_updates=1),
-            teacher=teacher_variables(finished),
+            teacher=finished if config.teacher else teacher_variables(finished),
             update_student=False,
         ),
-        data=InMemory(images, config.batch_size, config.seed, cycle=1),
+        data=batches(config.batch_size, 1),
         num_steps=config.warmup_steps,
     )
     distill = Phase(
         name="distill",
         make_algorithm=lambda warm: distillation(config=settings, start=warm),
-        data=InMemory(images, config.batch_size, config.seed, cycle=config.fake_updates),
+        data=batches(config.batch_size, config.fake_updates),
         num_steps=config.steps,
-        evaluate=_quick_evaluation(net, network, settings, judge),
+        evaluate=_quick_evaluation(network, judge),
         evaluate_every=config.eval_every,
     )
-    return teacher, warmup, distill
+    return (warmup, distill) if config.teacher else (_teacher_phase(config, network, net, batches), warmup, distill)
 
 
-def _quick_evaluation(net, network: NetworkConfig, settings: FDistillConfig, judge: Judge):
+def _batches(images: ImageSet, scale: PixelScale, seed: int, batch_size: int, cycle: int | None) -> Data:
+    """Shuffled batches in the network's scale; of images that aren't in memory, some in advance."""
+
+    def read(indices: np.ndarray) -> dict[str, np.ndarray]:
+        found = images.read(indices)
+        return {**found, "image": scale.to_network(found["image"])}
+
+    if isinstance(images, ArrayImages):
+        return InMemory(read(np.arange(len(images))), batch_size, seed, cycle)
+    return Prefetched(Shuffled(read, len(images), batch_size, seed, cycle))
+
+
+def _teacher_phase(config: "DistillConfig", network: NetworkConfig, net: Any, batches: Any) -> Phase:
+    peak, warmup, steps = config.teacher_learning_rate, config.teacher_warmup_steps, config.teacher_steps
+    rate = optax.cosine_decay_schedule(peak, max(1, steps - warmup)) if config.teacher_decay else peak
+    optimizer = optax.adamw(_warmed_up(rate, warmup), weight_decay=1e-4)
+    return Phase(
+        name="teacher",
+        make_algorithm=lambda _: edm_teacher(
+            net,
+            optimizer,
+            sigma_data=network.sigma_data,
+            ema_halflife=config.teacher_ema_halflife,
+            ema_rampup=config.teacher_ema_rampup or None,
+        ),
+        data=batches(config.teacher_batch_size, None),
+        num_steps=steps,
+    )
+
+
+def _warmed_up(rate: float | optax.Schedule, steps: int) -> float | optax.Schedule:
+    """A learning rate that rises linearly from zero first."""
+    if not steps:
+        return rate
+    rest = rate if callable(rate) else optax.constant_schedule(rate)
+    return optax.join_schedules([optax.linear_schedule(0.0, float(rest(0)), steps), rest], [steps])
+
+
+def _optimizers(config: "DistillConfig") -> Optimizers:
+    clip = optax.clip_by_global_norm(10.0)
+    rate: Any = config.learning_rate
+    if config.decay_steps:
+        rate = optax.cosine_decay_schedule(rate, config.decay_steps, alpha=0.1)
+
+    def adamw(learning_rate, **options):
+        return optax.adamw(learning_rate, weight_decay=config.weight_decay, **options)
+
+    return Optimizers(
+        student=optax.chain(clip, adamw(rate)),
+        fake=optax.chain(clip, adamw(config.fake_learning_rate)),
+        head=adamw(config.head_learning_rate, b1=0.5),
+    )
+
+
+def _quick_evaluation(network: NetworkConfig, judge: Judge):
     """The student's Fréchet distance and class consistency from one draw as large as the training set."""
-    labels = np.arange(judge.num_train, dtype=np.int32) % network.num_classes
-
-    @jax.jit
-    def generate(variables, key):
-        latents = jax.random.normal(key, (len(labels), *network.image_shape), jnp.float32)
-        return one_step(net, variables, latents, jnp.asarray(labels), sigma_init=settings.sigma_init)
+    labels = labels_in_turn(judge.num_train, network.num_classes)
+    draw = Drawer(one_step_generate(network), network.image_shape, judge.num_train, labels)
 
     def evaluate(state, key):
-        images = judge.scale.to_pixels(jax.device_get(generate(student_variables(state), key)))
+        images = judge.scale.to_pixels(draw(student_variables(state), key))
         return {
             "frechet": judge.frechet(images),
             "frechet_train": judge.frechet(images, "train"),

@@ -11,18 +11,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from poise.fdistill import FDistillConfig, many_steps, one_step, student_variables
+from poise.fdistill import FDistillConfig, student_variables
+from poise.launch.drawing import draw_sets, many_steps_generate, one_step_generate
 from poise.launch.export import Student, save_student
 from poise.launch.files import atomic_path
 from poise.launch.loop import FitResult
-from poise.launch.networks import NetworkConfig, build_network
+from poise.launch.networks import NetworkConfig
 from poise.launch.pictures import curves_picture, samples_picture
-from poise.launch.quality import Judge, draw_images
+from poise.launch.quality import Judge
 
 if TYPE_CHECKING:
     from poise.launch.distill import DistillConfig
 
-_COLUMNS = 5
+_ROWS, _COLUMNS = 10, 5
 _FIGURES = (
     "frechet",
     "frechet_train",
@@ -58,38 +59,33 @@ def write_results(
     Returns:
       The content of ``report.json``.
     """
-    net = build_network(network)
+    sigma_init = FDistillConfig.sigma_init
+    rows = _row_labels(train.get("label"), class_names)
     teacher = result.state.frozen["teacher"]
-    student = Student(network, jax.device_get(student_variables(result.state)), FDistillConfig.sigma_init, judge.scale)
+    student = Student(network, jax.device_get(student_variables(result.state)), sigma_init, judge.scale)
     save_student(workdir / "student.safetensors", student)
 
-    def sampled(variables, z, labels):
-        return many_steps(net, variables, z, labels, num_steps=config.sampler_steps)
-
-    def stepped(variables, z, labels):
-        return one_step(net, variables, z, labels, sigma_init=FDistillConfig.sigma_init)
-
+    once, sampled = one_step_generate(network, sigma_init), many_steps_generate(network, config.sampler_steps)
     generators = {
         "teacher": (sampled, teacher, 2 * config.sampler_steps - 1),
-        "teacher_1step": (stepped, teacher, 1),
-        "student": (stepped, student.variables, 1),
+        "teacher_1step": (once, teacher, 1),
+        "student": (once, student.variables, 1),
     }
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)  # no phase has this number
     report: dict[str, Any] = {}
     shown = {}
     for name, (generate, variables, nfe) in generators.items():
-        draws = draw_images(
+        draws = draw_sets(
             generate,
             variables,
-            network.image_shape,
+            network,
             judge.scale,
             key=key,
-            num_classes=network.num_classes,
-            num_images=judge.num_train,
-            num_draws=config.eval_draws,
+            number=judge.num_train,
+            num_sets=config.eval_draws,
         )
         report[name] = judge.judge(draws, nfe)
-        shown[name] = _per_class(draws[0].images, draws[0].labels, network.num_classes)
+        shown[name] = _rows(draws[0].images, draws[0].labels, rows)
     report["real"] = judge.judge_real(train)
     report |= {
         "classifier_accuracy": judge.classifier_accuracy,
@@ -104,12 +100,12 @@ def write_results(
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
 
     groups = {
-        "real images": _per_class(train["image"], train["label"], network.num_classes),
+        "real images": _rows(train["image"], train.get("label"), rows),
         f"teacher, {config.sampler_steps} Heun steps ({report['teacher']['nfe']} evaluations)": shown["teacher"],
         "student, 1 step (1 evaluation)": shown["student"],
     }
     title = f"f-distill ({config.divergence.replace('_', '-')}) after {report['student_updates']} student updates"
-    samples_picture(workdir / "samples.png", groups, class_names, judge.scale.maximum, title)
+    samples_picture(workdir / "samples.png", groups, list(rows.values()), judge.scale.maximum, title)
     curves_picture(workdir / "distill.png", workdir / "metrics.jsonl", report, title)
     print(table(report), flush=True)
     return report
@@ -140,10 +136,20 @@ def _cell(value: float | int | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3f}"
 
 
-def _per_class(images: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """The first images of every class, ``[classes, columns, H, W, C]``."""
-    columns = min(_COLUMNS, *(int((labels == c).sum()) for c in range(num_classes)))
-    return np.stack([images[labels == c][:columns] for c in range(num_classes)])
+def _row_labels(labels: np.ndarray | None, class_names: Sequence[str]) -> dict[int, str]:
+    """The classes that get a row in the picture, the first ones that there are images of; without, blank rows."""
+    if labels is None:
+        return dict.fromkeys(range(_ROWS), "")
+    return {int(c): class_names[c] for c in np.unique(labels)[:_ROWS]}
+
+
+def _rows(images: np.ndarray, labels: np.ndarray | None, rows: Mapping[int, str]) -> np.ndarray:
+    """The first images of every class, ``[rows, columns, H, W, C]``."""
+    if labels is None:
+        columns = min(_COLUMNS, len(images) // len(rows))
+        return images[: len(rows) * columns].reshape(len(rows), columns, *images.shape[1:])
+    columns = min(_COLUMNS, *(int((labels == c).sum()) for c in rows))
+    return np.stack([images[labels == c][:columns] for c in rows])
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from poise.launch.files import atomic_path
-from poise.launch.networks import NetworkConfig, build_network
+from poise.launch.networks import NetworkConfig, build_network, check_variables
 from poise.launch.pixels import PixelScale
 
 _FORMAT = "poise-student"
@@ -34,32 +34,41 @@ class Student(NamedTuple):
     sigma_init: float
     scale: PixelScale
 
-    def __call__(self, key: PRNGKeyArray, labels: Array) -> Array:
-        """Draws one image for each label, with one evaluation of the network.
+    def __call__(self, key: PRNGKeyArray, labels: Array | None = None, num_images: int | None = None) -> Array:
+        """Draws images, each with one evaluation of the network.
 
         Args:
           key: a random key.
-          labels: ``[N]`` integers below the number of classes.
+          labels: ``[N]`` integers below the number of classes; None for a student without classes.
+          num_images: N, for a student without classes.
 
         Returns:
           Images ``[N, H, W, C]`` with values in [0, 1].
 
         Raises:
-          ValueError: if labels are not a vector of integers in range.
+          ValueError: if labels are not a vector of integers in range, or there are none where the student has classes,
+            or the other way round.
         """
         from poise.fdistill import one_step
 
-        labels = jnp.asarray(labels)
-        if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
-            raise ValueError(f"labels must be a vector of integers, got shape {labels.shape} and dtype {labels.dtype}")
-        if not isinstance(labels, jax.core.Tracer) and labels.size:
-            bad = labels[(labels < 0) | (labels >= self.network.num_classes)]
-            if bad.size:
-                raise ValueError(f"labels must be in [0, {self.network.num_classes}), got {int(bad[0])}")
-        latents = jax.random.normal(key, (labels.shape[0], *self.network.image_shape))
+        classes = self.network.num_classes
+        if (labels is None) == bool(classes) or (num_images is None) != bool(classes):
+            needed = f"labels in [0, {classes}) and no num_images" if classes else "num_images and no labels"
+            raise ValueError(f"this student takes {needed}, got labels={labels} and num_images={num_images}")
+        if labels is not None:
+            labels = jnp.asarray(labels)
+            if labels.ndim != 1 or not jnp.issubdtype(labels.dtype, jnp.integer):
+                raise ValueError(
+                    f"labels must be a vector of integers, got shape {labels.shape} and dtype {labels.dtype}"
+                )
+            if not isinstance(labels, jax.core.Tracer) and labels.size:
+                bad = labels[(labels < 0) | (labels >= classes)]
+                if bad.size:
+                    raise ValueError(f"labels must be in [0, {classes}), got {int(bad[0])}")
+            num_images = labels.shape[0]
+        latents = jax.random.normal(key, (num_images, *self.network.image_shape))
         x = one_step(build_network(self.network), self.variables, latents, labels, sigma_init=self.sigma_init)
-        pixels = x * (self.scale.std / self.scale.sigma_data) + self.scale.mean
-        return jnp.clip(pixels / self.scale.maximum, 0.0, 1.0)
+        return self.scale.to_unit(x)
 
 
 def save_student(path: str | os.PathLike, student: Student) -> None:
@@ -72,7 +81,7 @@ def save_student(path: str | os.PathLike, student: Student) -> None:
     Example:
       >>> import jax, jax.numpy as jnp, pathlib, tempfile
       >>> from poise.launch import Student, load_student, save_student
-      >>> from poise.launch.networks import NetworkConfig, build_network
+      >>> from poise.launch.networks import NetworkConfig, build_network, check_variables
       >>> from poise.launch.pixels import PixelScale
       >>> network = NetworkConfig((8, 8, 1), 10, 4, (1,), 1, ())
       >>> inputs = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
@@ -88,7 +97,7 @@ def save_student(path: str | os.PathLike, student: Student) -> None:
     flat = flax.traverse_util.flatten_dict(flax.core.unfreeze(student.variables), sep="/")
     header = {
         "version": _VERSION,
-        "network": student.network._asdict(),
+        "network": student.network.to_json(),
         "sigma_init": student.sigma_init,
         "scale": student.scale._asdict(),
     }
@@ -138,17 +147,9 @@ def load_student(path: str | os.PathLike) -> Student:
     if header["version"] != _VERSION:
         raise ValueError(f"{file} has version {header['version']}; this release reads version {_VERSION}")
     network = NetworkConfig.from_json(header["network"])
-    net = build_network(network)
-    image, level = jnp.zeros((1, *network.image_shape)), jnp.ones((1,))
-    expected = flax.traverse_util.flatten_dict(
-        jax.eval_shape(net.init, jax.random.key(0), image, level, jnp.zeros((1,), jnp.int32)), sep="/"
-    )
-    wrong = [
-        name
-        for name in sorted(expected.keys() | flat.keys())
-        if name not in flat or name not in expected or flat[name].shape != expected[name].shape
-    ]
-    if wrong:
-        raise ValueError(f"{file} does not fit its network: {len(wrong)} parameters differ, the first is {wrong[0]}")
     variables = jax.tree.map(jnp.asarray, flax.traverse_util.unflatten_dict(flat, sep="/"))
+    try:
+        check_variables(network, variables)
+    except ValueError as error:
+        raise ValueError(f"{file} does not fit its network: {error}") from error
     return Student(network, variables, header["sigma_init"], PixelScale(**header["scale"]))

@@ -59,6 +59,7 @@ def fit(
     *,
     workdir: str | os.PathLike[str],
     seed: int,
+    start: State | None = None,
     save_every: int = 0,
     save_every_seconds: float | int = 60.0,
     keep: int = 2,
@@ -82,6 +83,8 @@ def fit(
       phases: in order; only the last one may be made longer for a run that has come past the others.
       workdir: the run's folder; one run, one folder.
       seed: of parameters and noise, at least 0. (Data sources have seeds of their own.)
+      start: what the first phase's ``make_algorithm`` receives, such as a network trained elsewhere; the same whenever
+        the run goes on.
       save_every: steps between checkpoints; 0: by time alone.
       save_every_seconds: seconds between checkpoints; 0: by steps alone.
       keep: checkpoints kept of each phase.
@@ -128,7 +131,7 @@ def fit(
     )
     with workdir_lock(path), stop_on_signals() as stop:
         run = _Run(phases, seed, placement, store, sinks, console, stop, TimingLog(path / "timing.jsonl"))
-        run.save_every, run.save_every_seconds = save_every, save_every_seconds
+        run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
         try:
             result = run.all_phases()
         except BaseException:
@@ -173,6 +176,7 @@ class _Run:
 
     save_every = 0
     save_every_seconds: float | int = 0
+    start: State | None = None
 
     def __init__(
         self,
@@ -193,12 +197,16 @@ class _Run:
 
     def all_phases(self) -> FitResult:
         programs: list[Program] = []
+        before = None
+        if self.start is not None:
+            self.start = jax.device_put(self.start, self.placement.replicated)
+            before = Layout(self.start)
         for phase in self.phases:
-            programs.append(Program(phase, programs[-1].layout if programs else None, self.placement))
+            programs.append(Program(phase, programs[-1].layout if programs else before, self.placement))
         layouts = [program.layout for program in programs]
 
         def make_frozen(index: int, previous: Restored | None) -> Sequence[Any]:
-            state = None if previous is None else layouts[index - 1].merge(previous.live, previous.frozen)
+            state = self.start if previous is None else layouts[index - 1].merge(previous.live, previous.frozen)
             return programs[index].begin(state, self.init_key(index))[1]
 
         restored = self.store.restore_newest(layouts, self.placement.replicated, make_frozen)
@@ -206,6 +214,7 @@ class _Run:
         for writer in self.writers:
             writer.begin([phase.name for phase in self.phases], origin)
         first = 0
+        self.state = self.start
         if restored is not None:
             self.seconds = dict(restored.seconds)
             self.console.line(f"going on from step {restored.step} of phase {self.phases[restored.phase].name!r}")

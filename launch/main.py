@@ -23,6 +23,7 @@ def launch(
     *,
     prog: str,
     description: str,
+    check: Callable[[Any], None] | None = None,
 ) -> int:
     """Reads the flags, claims the working directory, runs, and turns what happened into an exit code.
 
@@ -33,37 +34,80 @@ def launch(
       run: ``(config, workdir) -> None``, the run itself.
       prog: the module's name, as in ``poise.launch.distill``.
       description: what the launcher does, for ``--help``.
+      check: looks at what the settings name (data, weights) and raises before anything is written.
 
     Returns:
       0 when the run finished, or was stopped by SIGTERM and saved; 130 after Ctrl-C; 2 for settings or a folder that
       cannot be used, before anything was written; 1 for any other failure that has a sentence of its own.
     """
     config = parse_config(cls, recipes, argv, prog=prog, description=description)
-    # The training loop puts its own handler in this one's place, outside of it a stop loses nothing.
-    previous = signal.signal(signal.SIGTERM, _stop_at_once)
-    try:
+
+    def body() -> None:
         if not config.workdir:
             raise ConfigError("--workdir must name the run's folder, such as --workdir=runs/digits")
+        if check is not None:
+            try:
+                check(config)
+            except LaunchError as error:
+                raise ConfigError(str(error)) from error
         workdir = prepare_workdir(config.workdir)
         with workdir_lock(workdir):
             settle_config(config, workdir)
-            _set_up_jax(config)
+            set_up_jax(config)
             run(config, workdir)
+
+    return _exit_code(body, prog, "; the same command goes on from the last checkpoint")
+
+
+def run_tool(
+    cls: type,
+    recipes: Mapping[str, Mapping[str, Any]],
+    argv: Sequence[str],
+    run: Callable[[Any], None],
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """The same for a command that has no run of its own: reads the flags, runs, and gives the exit code.
+
+    Args:
+      cls: the command's configuration dataclass.
+      recipes: its named presets.
+      argv: the command line without the program's name.
+      run: ``config -> None``.
+      prog: the module's name, as in ``poise.launch.sample``.
+      description: what the command does, for ``--help``.
+
+    Returns:
+      0 when it finished; 130 after Ctrl-C; 2 for settings that cannot be used; 1 for any other failure that has a
+      sentence of its own.
+    """
+    config = parse_config(cls, recipes, argv, prog=prog, description=description)
+
+    def body() -> None:
+        set_up_jax(config)
+        run(config)
+
+    return _exit_code(body, prog, "")
+
+
+def _exit_code(body: Callable[[], None], prog: str, and_then: str) -> int:
+    # The training loop puts its own handler in this one's place, outside of it a stop loses nothing.
+    previous = signal.signal(signal.SIGTERM, _stop_at_once)
+    try:
+        body()
     except KeyboardInterrupt:
-        print(f"\n{prog}: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(f"\n{prog}: stopped{and_then}", file=sys.stderr)
         return 130
     except Interrupted as stopped:
-        print(f"{prog}: {stopped}; the same command goes on from there", file=sys.stderr)
+        print(f"{prog}: {stopped}{and_then}", file=sys.stderr)
         return stopped.exit_code
     except LaunchError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except OSError as error:  # a full disk, a folder that went away
-        what = error.filename or config.workdir
-        print(
-            f"{prog}: {what}: {error.strerror or error}; the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{prog}: {where}{error.strerror or error}{and_then}", file=sys.stderr)
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -74,11 +118,11 @@ def _stop_at_once(signum: int, frame: FrameType | None) -> None:
     raise Interrupted(signum, "stopped")
 
 
-def _set_up_jax(config: Any) -> None:
+def set_up_jax(config: Any) -> None:
     """The compilation cache, before anything is compiled."""
-    import jax
+    if getattr(config, "jax_cache_dir", ""):
+        import jax
 
-    if config.jax_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.abspath(config.jax_cache_dir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

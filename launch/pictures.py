@@ -1,6 +1,7 @@
-"""The pictures that a distillation run leaves: ``samples.png`` and ``distill.png``."""
+"""The pictures that a distillation run leaves, ``samples.png`` and ``distill.png``, and grids of images."""
 
 import json
+import math
 import pathlib
 from collections.abc import Mapping, Sequence
 
@@ -42,6 +43,28 @@ def samples_picture(
             side.set_visible(False)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png")
+
+
+def grid_picture(path: pathlib.Path, images: np.ndarray, maximum: int) -> None:
+    """Writes images as one PNG, about as many columns as rows, every pixel of an image enlarged to be seen.
+
+    Args:
+      path: the PNG to write, atomically.
+      images: ``[N, H, W, C]`` in pixel values, with 1 or 3 channels.
+      maximum: the pixel value that is drawn black (images of one channel) or brightest.
+    """
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    padded = np.concatenate([images, np.zeros((rows * columns - len(images), *images.shape[1:]), images.dtype)])
+    mosaic, _ = _mosaic(padded.reshape(rows, columns, *images.shape[1:]))
+    values = np.rint(mosaic * (255 / maximum)).astype(np.uint8)
+    pixels = 255 - values[..., 0] if values.shape[-1] == 1 else values
+    enlarged = max(1, 48 // images.shape[1])
+    picture = Image.fromarray(pixels.repeat(enlarged, 0).repeat(enlarged, 1))
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
 
 
 def _mosaic(images: np.ndarray) -> tuple[np.ndarray, list[float]]:

@@ -1,17 +1,17 @@
 """How good generated images are: Fréchet distance, precision, recall, and a classifier's opinion."""
 
-import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
+from poise.launch.drawing import Draw
 from poise.launch.pixels import PixelScale
 from poise.metrics import frechet, moments, prdc
 
 _NUM_FEATURES = 32
 _NEAREST_K = 5
+_MANY_IMAGES, _MANY_PIXELS = 5_000, 1_024  # beyond these, no exact decomposition and no classifier
 
 
 class Judge:
@@ -20,18 +20,20 @@ class Judge:
     The features are the first 32 principal components of the pixels, fitted on the training images; distances and
     moments are in float64. Everything generated is first rounded to pixel values, as real images are. Precision, recall
     and coverage use the 5th nearest neighbour among as many images as are held out. Class consistency is the share of
-    images to which a support vector classifier, trained on the training images, gives the label that was asked for.
+    images to which a support vector classifier, trained on the training images, gives the label that was asked for; it
+    is None without classes, and where there are too many images or pixels for such a classifier.
 
     Attributes:
       scale: the scale of the network's images.
-      classifier_accuracy: the classifier's own accuracy on held-out images.
+      num_train: the number of training images, which is how many are drawn for a comparison.
+      classifier_accuracy: the classifier's own accuracy on held-out images; None without a classifier.
     """
 
     def __init__(self, train: Mapping[str, np.ndarray], held_out: Mapping[str, np.ndarray], scale: PixelScale):
         """Fits features and classifier.
 
         Args:
-          train: ``image`` ``[N, H, W, C]`` in pixel values and ``label`` ``[N]``.
+          train: ``image`` ``[N, H, W, C]`` in pixel values and, with classes, ``label`` ``[N]``.
           held_out: likewise.
           scale: the scale of the network's images.
         """
@@ -41,10 +43,13 @@ class Judge:
         self.scale = scale
         self.num_train, self.num_held_out = len(train["image"]), len(held_out["image"])
         flat = self._flat(train["image"])
-        self._pca = PCA(min(_NUM_FEATURES, *flat.shape), svd_solver="full").fit(flat)
-        self._classifier = SVC(C=10.0, gamma="scale").fit(flat, train["label"])
+        solver = "full" if flat.shape[1] <= _MANY_PIXELS else "randomized"
+        self._pca = PCA(min(_NUM_FEATURES, *flat.shape), svd_solver=solver, random_state=0).fit(flat)
+        classes = np.unique(train["label"]) if "label" in train else ()
+        few = len(flat) <= _MANY_IMAGES and flat.shape[1] <= _MANY_PIXELS
+        self._classifier = SVC(C=10.0, gamma="scale").fit(flat, train["label"]) if few and len(classes) > 1 else None
         self._train, self._held_out = self.features(train["image"]), self.features(held_out["image"])
-        self.classifier_accuracy = self.class_consistency(held_out["image"], held_out["label"])
+        self.classifier_accuracy = self.class_consistency(held_out["image"], held_out.get("label"))
 
     def _flat(self, images: np.ndarray) -> np.ndarray:
         return self.scale.to_network(images).astype(np.float64).reshape(len(images), -1)
@@ -53,8 +58,10 @@ class Judge:
         """Principal components ``[N, 32]`` of images in pixel values."""
         return self._pca.transform(self._flat(images))
 
-    def class_consistency(self, images: np.ndarray, labels: np.ndarray) -> float:
-        """The share of images that the classifier assigns to their label."""
+    def class_consistency(self, images: np.ndarray, labels: np.ndarray | None) -> float | None:
+        """The share of images that the classifier assigns to their label; None without a classifier."""
+        if self._classifier is None or labels is None:
+            return None
         return float((self._classifier.predict(self._flat(images)) == labels).mean())
 
     def frechet(self, images: np.ndarray, against: str = "held_out") -> float:
@@ -69,7 +76,7 @@ class Judge:
             result = prdc(self._held_out, self.features(images[: self.num_held_out]), k=_NEAREST_K)
         return {name: float(getattr(result, name)) for name in ("precision", "recall", "coverage")}
 
-    def judge(self, draws: list["Draw"], nfe: int) -> dict[str, float | int | None]:
+    def judge(self, draws: Sequence[Draw], nfe: int) -> dict[str, float | int | None]:
         """All figures of a generator, each the mean over its draws."""
         rows = [
             {
@@ -81,7 +88,10 @@ class Judge:
             }
             for draw in draws
         ]
-        mean: dict[str, float | int | None] = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        mean: dict[str, float | int | None] = {
+            name: None if value is None else float(np.mean([row[name] for row in rows]))
+            for name, value in rows[0].items()
+        }
         mean["frechet_std"] = float(np.std([row["frechet"] for row in rows]))
         mean["nfe"] = nfe
         return mean
@@ -97,50 +107,3 @@ class Judge:
             "frechet_std": None,
             "nfe": None,
         }
-
-
-class Draw(NamedTuple):
-    """Generated images in pixel values, the labels that were asked for, and the seconds that it took."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    seconds: float
-
-
-def draw_images(
-    generate: Callable[[Any, jax.Array, jax.Array], jax.Array],
-    variables: Any,
-    shape: tuple[int, ...],
-    scale: PixelScale,
-    *,
-    key: jax.Array,
-    num_classes: int,
-    num_images: int,
-    num_draws: int,
-) -> list[Draw]:
-    """Draws sets of images with all classes equally often.
-
-    Args:
-      generate: ``(variables, latents, labels) -> images`` in the network's scale; jitted here.
-      variables: the network's variables.
-      shape: of one image.
-      scale: what turns them into pixel values.
-      key: the random key; draw ``i`` uses ``fold_in(key, i)``.
-      num_classes: labels run through ``0 .. num_classes - 1`` in turn.
-      num_images: images per draw.
-      num_draws: how many draws.
-
-    Returns:
-      The draws; the time of compilation is not in their ``seconds``.
-    """
-    labels = np.arange(num_images, dtype=np.int32) % num_classes
-    latents = jax.jit(lambda k: jax.random.normal(k, (num_images, *shape)))
-    compiled = jax.jit(generate).lower(variables, latents(key), labels).compile()
-    compiled(variables, latents(key), labels).block_until_ready()
-    draws = []
-    for i in range(num_draws):
-        z = latents(jax.random.fold_in(key, i)).block_until_ready()
-        start = time.perf_counter()
-        x = compiled(variables, z, labels).block_until_ready()
-        draws.append(Draw(scale.to_pixels(jax.device_get(x)), labels, time.perf_counter() - start))
-    return draws

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from poise.launch.data import DataError, InMemory, NoData, batch_indices
+from poise.launch.data import DataError, InMemory, NoData, Prefetched, Shuffled, batch_indices
 
 sizes = dict(seed=st.integers(0, 2**63), batch_size=st.integers(1, 40), num_examples=st.integers(1, 30))
 
@@ -131,3 +131,27 @@ def test_bad_arrays_are_named():
 def test_no_data():
     assert NoData().batch(3) == ()
     assert (NoData().batch_size, NoData().batch_axis) == (0, 0)
+
+
+def test_batches_made_in_advance_are_the_same_and_failures_arrive():
+    calls = []
+
+    def read(indices):
+        calls.append(indices)
+        return {"x": indices}
+
+    plain = Shuffled(read, num_examples=7, batch_size=3, seed=1, cycle=2)
+    ahead = Prefetched(plain, ahead=2)
+    assert (ahead.batch_axis, ahead.batch_size) == (1, 3)
+    assert ahead.batch(0)["x"].shape == (2, 3)
+    assert len(calls) == 1  # nothing in advance for a look at the first batch
+    for step in (1, 2, 3, 9, 0, 1):
+        np.testing.assert_array_equal(ahead.batch(step)["x"], plain.batch(step)["x"])
+
+    def broken(indices):
+        raise DataError("the image a.png cannot be read")
+
+    with pytest.raises(DataError, match=r"a\.png"):
+        Prefetched(Shuffled(broken, 7, 3, 1)).batch(0)
+    with pytest.raises(ValueError, match="ahead must be at least 1, got 0"):
+        Prefetched(plain, ahead=0)

@@ -15,7 +15,14 @@ from poise.launch.export import Student, save_student
 from poise.launch.networks import NetworkConfig, build_network
 from poise.launch.pixels import PixelScale
 
-NETWORK = NetworkConfig((8, 8, 1), 3, model_channels=4, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,))
+UNET = {
+    "model_type": "SongUNet",
+    "model_channels": 4,
+    "channel_mult": (1, 2),
+    "num_blocks": 1,
+    "attn_resolutions": (4,),
+}
+NETWORK = NetworkConfig({"img_resolution": 8, "img_channels": 1, "label_dim": 3, **UNET})
 SCALE = PixelScale(4.9, 6.0, 16)
 
 
@@ -87,9 +94,26 @@ def test_contradictions_are_named(file):
         load_student(file)
     save_student(file, make_student())
     rewrite(file, lambda header, tensors: tensors.pop(sorted(tensors)[0]))
-    with pytest.raises(ValueError, match="1 parameters differ, the first is params/"):
+    with pytest.raises(
+        ValueError, match=r"1 variables differ; the first is params/.*: it has nothing of that name, the network shape"
+    ):
         load_student(file)
     save_student(file, make_student())
     rewrite(file, lambda header, tensors: header["network"].pop("precision"))
     with pytest.raises(ValueError, match="network settings"):
         load_student(file)
+
+
+def test_a_student_without_classes_is_told_how_many_images(tmp_path):
+    network = NetworkConfig({**NETWORK.architecture, "label_dim": 0})
+    variables = build_network(network).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.ones(1))
+    save_student(tmp_path / "student.safetensors", Student(network, variables, 80.0, SCALE))
+    student = load_student(tmp_path)
+    assert student(jax.random.key(0), num_images=2).shape == (2, 8, 8, 1)
+    with pytest.raises(ValueError, match="takes num_images and no labels"):
+        student(jax.random.key(0), jnp.arange(2))
+
+
+def test_a_student_with_classes_needs_labels(file):
+    with pytest.raises(ValueError, match=r"takes labels in \[0, 3\) and no num_images"):
+        load_student(file)(jax.random.key(0), num_images=2)

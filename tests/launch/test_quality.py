@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits as sklearn_digits
 
+from poise.launch.drawing import Drawer, draw_sets
+from poise.launch.networks import NetworkConfig
 from poise.launch.pixels import PixelScale
-from poise.launch.quality import Judge, draw_images
+from poise.launch.quality import Judge
 
 
 @functools.cache
@@ -69,12 +71,11 @@ def test_draws_are_balanced_reproducible_and_averaged():
     def generate(variables, z, labels):
         return z * variables["scale"] + labels[:, None, None, None] * 0.0
 
-    arguments = dict(
-        shape=(8, 8, 1), scale=judge().scale, key=jax.random.key(3), num_classes=10, num_images=600, num_draws=2
-    )
+    network = NetworkConfig({"img_resolution": 8, "img_channels": 1, "label_dim": 10})
+    arguments = dict(network=network, scale=judge().scale, key=jax.random.key(3), number=600, num_sets=2)
     variables = {"scale": jnp.asarray(0.5)}
-    first, second = draw_images(generate, variables, **arguments)
-    again, _ = draw_images(generate, variables, **arguments)
+    first, second = draw_sets(generate, variables, **arguments)
+    again, _ = draw_sets(generate, variables, **arguments)
     assert first.images.shape == (600, 8, 8, 1)
     assert first.images.dtype == np.uint8
     np.testing.assert_array_equal(np.bincount(first.labels), np.full(10, 60))
@@ -86,3 +87,26 @@ def test_draws_are_balanced_reproducible_and_averaged():
     assert row["frechet_std"] == pytest.approx(np.std([single["frechet"] for single in singles]), rel=1e-9)
     assert row["nfe"] == 1
     assert row["images_per_second"] > 0
+
+
+@pytest.mark.parametrize("labels", [None, np.arange(11, dtype=np.int32) % 3])
+def test_drawn_images_do_not_depend_on_how_they_are_cut_into_chunks(labels):
+    def generate(variables, z, labels):
+        return z if labels is None else z + 100.0 * labels[:, None]
+
+    whole = Drawer(generate, (4,), 11, labels)((), jax.random.key(1))
+    parts = Drawer(generate, (4,), 11, labels, chunk=4)((), jax.random.key(1))
+    assert whole.shape == (11, 4)
+    np.testing.assert_array_equal(whole, parts)
+    assert len(np.unique(whole)) == whole.size
+    if labels is not None:
+        np.testing.assert_array_equal(np.rint(whole.mean(1) / 100), labels)
+
+
+def test_without_classes_or_with_too_many_images_there_is_no_class_consistency():
+    train, held_out = halves()
+    unlabelled = Judge({"image": train["image"]}, {"image": held_out["image"]}, judge().scale)
+    assert unlabelled.classifier_accuracy is None
+    assert unlabelled.class_consistency(train["image"], None) is None
+    assert unlabelled.judge_real(train)["class_consistency"] is None
+    assert unlabelled.frechet(train["image"]) == pytest.approx(judge().frechet(train["image"]), rel=1e-9)
