@@ -51,6 +51,7 @@ from poise.fdistill.losses import (
 from poise.fdistill.mixture import GaussianMixture
 from poise.fdistill.oracles import Oracles
 from poise.fdistill.prediction import denoising_loss, prediction_target, x0_from_prediction
+from poise.fdistill.presets import PRESETS, Recipe, preset, preset_optimizers
 from poise.fdistill.ratio import (
     RatioBins,
     bin_index,
@@ -67,6 +68,7 @@ from poise.fdistill.teacher import TeacherState, edm_teacher, teacher_variables
 
 __all__ = [
     "DIVERGENCES",
+    "PRESETS",
     "ChurnConfig",
     "EDMCoefficients",
     "FDistillConfig",
@@ -79,6 +81,7 @@ __all__ = [
     "Optimizers",
     "Oracles",
     "RatioBins",
+    "Recipe",
     "TeacherState",
     "WeightMoments",
     "ablation_sampler",
@@ -120,6 +123,8 @@ __all__ = [
     "power_ema_decay",
     "power_function_beta",
     "prediction_target",
+    "preset",
+    "preset_optimizers",
     "sample_karras_sigma",
     "sample_sigma",
     "sample_ve_sigma",

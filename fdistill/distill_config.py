@@ -1,6 +1,7 @@
 """The settings of f-distill, checked when they are made."""
 
 import dataclasses
+import itertools
 import math
 
 from poise.core.arguments import check_choice
@@ -11,7 +12,7 @@ _CHOICES = {
     "matching_weighting": ("dmd", "score"),
     "head_features": ("teacher", "fake", "own"),
     "r1_image": ("noised", "clean"),
-    "fake_weighting": ("edm", "none"),
+    "fake_weighting": ("edm", "epsilon", "none"),
 }
 _SWITCHES = ("train_features", "gan_own_noise", "gan_same_noise", "critics_on_student_step")
 
@@ -26,7 +27,8 @@ class FDistillConfig:
       sigma_min: the lowest noise level at which the distributions are matched.
       sigma_max: the highest.
       rho: curvature of the grid of noise levels.
-      min_level: index of the lowest level, of a grid of 1000 ascending ones, that the student's loss uses.
+      levels: an ascending grid of noise levels instead of 1000 between these two, from which levels are drawn evenly.
+      min_level: index of the lowest level of the grid that the student's loss uses.
       max_level: index of the highest, inclusive.
       fake_min_level: index of the lowest level of the critics' losses.
       fake_max_level: index of the highest, inclusive.
@@ -60,7 +62,8 @@ class FDistillConfig:
       r1_noise: standard deviation of the penalty's perturbation.
       r1_image: what is perturbed, the ``"noised"`` real image or, as in FastGen, the ``"clean"`` one, which the head
         then judges as if it were at that noise level.
-      fake_weighting: weight of the fake score's loss: ``"edm"`` is $1/\sigma^2 + 1/\sigma_d^2$, ``"none"`` is 1.
+      fake_weighting: weight of the fake score's loss: ``"edm"`` is $1/\sigma^2 + 1/\sigma_d^2$, ``"epsilon"`` is
+        $1/\sigma^2$, ``"none"`` is 1.
       sigma_data: the data's standard deviation.
       guidance_scale: classifier-free guidance of the teacher; 1 is none.
       regression_weight: weight of the student's regression towards images that the teacher made from the same latents
@@ -86,6 +89,7 @@ class FDistillConfig:
     sigma_min: float = 0.002
     sigma_max: float = 80.0
     rho: float = 7.0
+    levels: tuple[float, ...] | None = None
     min_level: int = 2
     max_level: int = 998
     fake_min_level: int = 0
@@ -141,10 +145,17 @@ class FDistillConfig:
             value = getattr(self, name)
             if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be an integer of at least 1, got {value}")
+        if self.levels is not None and not (
+            len(self.levels) > 0
+            and 0 < self.levels[0] <= self.levels[-1] < math.inf
+            and all(a < b for a, b in itertools.pairwise(self.levels))
+        ):
+            raise ValueError("levels must be positive, finite and ascending, or None")
+        last = 999 if self.levels is None else len(self.levels) - 1
         for low, high in (("min_level", "max_level"), ("fake_min_level", "fake_max_level")):
-            if not 0 <= getattr(self, low) <= getattr(self, high) <= 999:
+            if not 0 <= getattr(self, low) <= getattr(self, high) <= last:
                 raise ValueError(
-                    f"{low} and {high} must satisfy 0 <= {low} <= {high} <= 999, "
+                    f"{low} and {high} must satisfy 0 <= {low} <= {high} <= {last}, "
                     f"got {getattr(self, low)} and {getattr(self, high)}"
                 )
         if self.ratio_range is not None and not 0 < self.ratio_range[0] < self.ratio_range[1] < math.inf:

@@ -164,7 +164,8 @@ def fake_score_loss(
       x0: the student's clean images; no gradient passes to them.
       sigma: noise levels.
       sigma_data: standard deviation $\sigma_d$ of the data.
-      weighting: ``"edm"`` for $w = 1/\sigma^2 + 1/\sigma_d^2$ (EDM, DMD2) or ``"none"`` for 1 (FastGen).
+      weighting: ``"edm"`` for $w = 1/\sigma^2 + 1/\sigma_d^2$ (EDM, DMD2), ``"epsilon"`` for $1/\sigma^2$, the mean
+        squared error of the predicted noise (DMD2 on Stable Diffusion), or ``"none"`` for 1 (FastGen).
 
     Returns:
       The loss, a mean over batch and event.
@@ -182,13 +183,13 @@ def fake_score_loss(
       tianweiy/DMD2, https://arxiv.org/abs/2405.14867
     """
     _same_shape(x0_pred=x0_pred, x0=x0)
-    check_choice("weighting", weighting, ("edm", "none"))
+    check_choice("weighting", weighting, ("edm", "epsilon", "none"))
     check_range("sigma_data", sigma_data, low=0.0, open_low=True)
     error = (at_least_float32(x0_pred) - jax.lax.stop_gradient(at_least_float32(x0))) ** 2
     if weighting == "none":
         return jnp.mean(error)
     _per_example("sigma", sigma, x0)
-    weight = at_least_float32(sigma) ** -2 + float(sigma_data) ** -2
+    weight = at_least_float32(sigma) ** -2 + (float(sigma_data) ** -2 if weighting == "edm" else 0.0)
     return jnp.mean(expand_like(weight, error) * error)
 
 

@@ -101,6 +101,8 @@ class Networks:
 
     def _level(self, key, dtype, lowest, highest):
         config = self.config
+        if config.levels is not None:
+            return jnp.asarray(config.levels, dtype)[jax.random.randint(key, (), lowest, highest + 1)]
         return sample_karras_sigma(
             key, (), config.sigma_min, config.sigma_max, config.rho, min_level=lowest, max_level=highest, dtype=dtype
         )

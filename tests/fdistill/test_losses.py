@@ -116,6 +116,10 @@ def test_matching_gradient_formula():
     np.testing.assert_allclose(matching_gradient(x, real, fake, h), expected, rtol=1e-5)
     # FastGen's small number changes DMD2's direction by about 1e-6
     np.testing.assert_allclose(matching_gradient(x, real, fake), matching_gradient(x, real, fake, eps=0.0), rtol=1e-5)
+    # with the variance of the noise it is the difference of the scores
+    sigma = jnp.array([0.1, 0.5, 1.0, 3.0])
+    expected = h[:, None, None] * (fake - real) / sigma[:, None, None] ** 2
+    np.testing.assert_allclose(matching_gradient(x, real, fake, h, normalizer=sigma**2), expected, rtol=1e-5)
     # at p = q nothing moves
     assert np.all(np.asarray(matching_gradient(x, real, real, h)) == 0)
 
@@ -156,6 +160,8 @@ def test_fake_score_weighting():
     weight = (sigma**2 + 0.25) / (sigma * 0.5) ** 2  # EDM's own form of the same weight
     expected = jnp.mean(weight[:, None, None] * (pred - x0) ** 2)
     np.testing.assert_allclose(fake_score_loss(pred, x0, sigma), expected, rtol=1e-5)
+    noise_error = jnp.mean(((x0 - pred) / sigma[:, None, None]) ** 2)  # x_t = x0 + sigma noise
+    np.testing.assert_allclose(fake_score_loss(pred, x0, sigma, weighting="epsilon"), noise_error, rtol=1e-5)
     gradients = jax.grad(lambda x0: fake_score_loss(pred, x0, sigma))(x0)
     assert np.all(np.asarray(gradients) == 0)
 
@@ -195,10 +201,11 @@ X, Y = jnp.ones((2, 3)), jnp.ones((2, 4))
         (lambda: inspect.unwrap(matching_gradient)(X, X, Y), "x and x0_real and x0_fake must have one shape"),
         (lambda: inspect.unwrap(matching_gradient)(X, X, X, jnp.ones(3)), "weight must have shape"),
         (lambda: matching_gradient(X, X, X, eps=-1e-6), "eps must lie"),
+        (lambda: inspect.unwrap(matching_gradient)(X, X, X, normalizer=jnp.ones(3)), "normalizer must have shape"),
         (lambda: inspect.unwrap(surrogate_loss)(X, Y), "x and grad must have one shape"),
         (lambda: inspect.unwrap(fake_score_loss)(X, Y, jnp.ones(2)), "x0_pred and x0 must have one shape"),
         (lambda: inspect.unwrap(fake_score_loss)(X, X, jnp.ones(3)), "sigma must have shape"),
-        (lambda: fake_score_loss(X, X, jnp.ones(2), weighting="snr"), "weighting must be one of edm, none"),
+        (lambda: fake_score_loss(X, X, jnp.ones(2), weighting="snr"), "weighting must be one of edm, epsilon, none"),
         (lambda: fake_score_loss(X, X, jnp.ones(2), sigma_data=0.0), "sigma_data must lie"),
         (lambda: inspect.unwrap(approx_r1)(X, Y), "logits and logits_perturbed must have one shape"),
     ],
