@@ -30,8 +30,8 @@ FLOORS = {
 SIDEWAYS = {("quant", "optim")}  # within a floor only where a method needs it
 LAUNCH_FLOOR = 4
 
-ARRAYS = {"jax", "jaxtyping"}
-LIBRARIES = ARRAYS | {"chex", "flax", "numpy", "optax"}
+ARRAYS = {"jax", "jaxtyping", "numpy"}
+LIBRARIES = ARRAYS | {"chex", "flax", "optax"}
 # Files, logs, processes and command lines are the launchers' business.
 OUTSIDE_WORLD = {
     "argparse",

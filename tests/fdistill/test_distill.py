@@ -17,6 +17,7 @@ from poise.core import step_key
 from poise.fdistill import (
     FDistillConfig,
     Optimizers,
+    Oracles,
     edm_coefficients,
     edm_teacher,
     f_distill,
@@ -24,7 +25,7 @@ from poise.fdistill import (
     student_variables,
     teacher_variables,
 )
-from poise.nets import RatioHead
+from poise.nets import EDMPrecond, RatioHead, SongUNet
 
 
 class TinyDenoiser(nn.Module):
@@ -50,16 +51,26 @@ class TinyDenoiser(nn.Module):
 
 NET = TinyDenoiser()
 SHAPE = (4, 4, 1)
-HEAD = RatioHead(hidden=(16,), label_dim=3)
-BASE = FDistillConfig(sigma_min=0.02, sigma_max=5.0, fake_updates=2, gan_weight=1e-2, ema_decays=(0.9, 0.5))
+HEAD = RatioHead(hidden=(8,), label_dim=3, noise_channels=4)
+BASE = FDistillConfig(sigma_min=0.02, sigma_max=5.0, fake_updates=1, num_bins=3, gan_weight=1e-2, ema_decays=(0.9, 0.5))
 OPTIMIZERS = Optimizers(optax.adam(1e-3), optax.adam(1e-3), optax.adam(1e-3))
+MESH = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 
 
-def make_batch(size=8, cycles=2, seed=0):
+def make_batch(size=8, cycles=1, seed=0):
     rng = np.random.default_rng(seed)
     return {
         "image": jnp.asarray(rng.normal(size=(cycles, size, *SHAPE)) * 0.5, jnp.float32),
         "label": jnp.asarray(rng.integers(0, 3, size=(cycles, size)), jnp.int32),
+    }
+
+
+def make_pairs(size=8, seed=20):
+    rng = np.random.default_rng(seed)
+    return {
+        "latents": jnp.asarray(rng.normal(size=(1, size, *SHAPE)), jnp.float32),
+        "target": jnp.asarray(rng.normal(size=(1, size, *SHAPE)) * 0.5, jnp.float32),
+        "target_label": jnp.asarray(rng.integers(0, 3, size=(1, size)), jnp.int32),
     }
 
 
@@ -76,11 +87,11 @@ def make(config=BASE, optimizers=OPTIMIZERS, **kwargs):
     return f_distill(NET, HEAD, config, optimizers, teacher=teacher(), **kwargs)
 
 
-@functools.cache
-def started(config=BASE):
+@pytest.fixture(scope="module")
+def started(quick_jit):
     """A state whose student, fake score and head all differ from where they began, and one step after it."""
-    algorithm = make(config)
-    step = jax.jit(algorithm.step)
+    algorithm = make()
+    step = quick_jit(algorithm.step)
     state = algorithm.init(jax.random.key(0), make_batch())
     for i in range(3):
         state, _ = step(state, make_batch(seed=i), step_key(0, 1, i))
@@ -88,12 +99,24 @@ def started(config=BASE):
     return state, after, metrics
 
 
+@pytest.fixture(scope="module")
+def stepped(quick_jit, started):
+    """One step with changed settings from the common start; each is compiled once."""
+    state = started[0]
+
+    @functools.cache
+    def step(**changes):
+        return quick_jit(make(dataclasses.replace(BASE, **changes)).step)(state, make_batch(), jax.random.key(2))
+
+    return step
+
+
 def largest_difference(a, b):
     return max(float(jnp.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
 
 
-def test_step_moves_everything_but_the_teacher():
-    before, after, metrics = started()
+def test_step_moves_everything_but_the_teacher(started):
+    before, after, metrics = started
     assert largest_difference(before.frozen, after.frozen) == 0
     for name in ("student", "fake", "head", "bins", "ema"):
         assert largest_difference(getattr(before, name), getattr(after, name)) > 0, name
@@ -110,8 +133,8 @@ def test_step_moves_everything_but_the_teacher():
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
 
 
-def test_first_average_follows_the_student():
-    before, after, _ = started()
+def test_first_average_follows_the_student(started):
+    before, after, _ = started
     for average, old, decay in zip(after.ema, before.ema, BASE.ema_decays, strict=True):
         expected = jax.tree.map(lambda p, e, d=decay: d * e + (1 - d) * p, after.student, old)
         assert largest_difference(expected, average) < 1e-6
@@ -119,10 +142,10 @@ def test_first_average_follows_the_student():
     assert largest_difference(student_variables(after, None)["params"], after.student) == 0
 
 
-def test_warm_up_leaves_the_student_alone_and_hands_its_state_over():
+def test_warm_up_leaves_the_student_alone_and_hands_its_state_over(quick_jit):
     warm = make(update_student=False)
     state = warm.init(jax.random.key(0), make_batch())
-    trained, metrics = jax.jit(warm.step)(state, make_batch(), jax.random.key(1))
+    trained, metrics = quick_jit(warm.step)(state, make_batch(), jax.random.key(1))
     assert largest_difference(trained.student, state.student) == 0
     assert int(trained.step) == 0
     assert largest_difference(trained.fake, state.fake) > 0
@@ -131,107 +154,174 @@ def test_warm_up_leaves_the_student_alone_and_hands_its_state_over():
     assert largest_difference(algorithm.init(jax.random.key(3), make_batch()), trained) == 0
 
 
-def test_reverse_kl_has_weight_one_whatever_the_head_says():
-    config = dataclasses.replace(BASE, divergence="reverse_kl")
-    state, *_ = started()
-    other = state._replace(head=jax.tree.map(lambda p: p + 0.3, state.head))
-    step = jax.jit(make(dataclasses.replace(config, gan_weight=0.0)).step)
-    (one, metrics), (two, _) = (step(s, make_batch(), jax.random.key(2)) for s in (state, other))
+def test_reverse_kl_has_weight_one_and_needs_no_head(stepped, started):
+    with_head, metrics = stepped(divergence="reverse_kl", gan_weight=0.0)
+    without, fewer = stepped(divergence="reverse_kl", gan_weight=0.0, discriminator_weight=0.0)
     assert metrics["weight_min"] == pytest.approx(1.0, abs=1e-6)
     assert metrics["weight_max"] == pytest.approx(1.0, abs=1e-6)
-    assert largest_difference(one.student, two.student) < 1e-6
-
-
-def test_reverse_kl_needs_no_head_and_equals_the_one_with_it():
-    with_head = dataclasses.replace(BASE, divergence="reverse_kl", gan_weight=0.0)
-    without = dataclasses.replace(with_head, discriminator_weight=0.0)
-    state, *_ = started()
-    one, metrics = jax.jit(make(with_head).step)(state, make_batch(), jax.random.key(2))
-    two, fewer = jax.jit(make(without).step)(state, make_batch(), jax.random.key(2))
-    assert largest_difference(one.student, two.student) < 1e-6
-    assert largest_difference(one.fake, two.fake) < 1e-6
-    assert largest_difference(two.head, state.head) == 0
+    assert largest_difference(with_head.student, without.student) < 1e-6  # whatever the head says
+    assert largest_difference(with_head.fake, without.fake) < 1e-6
+    assert largest_difference(without.head, started[0].head) == 0
     assert "discriminator_loss" in metrics
     assert "discriminator_loss" not in fewer
 
 
-def test_divergences_differ_only_in_the_weight():
+def test_divergences_differ_only_in_the_weight(stepped):
     """At the first step the heads' logits are equal for all divergences, but the students' gradients are not."""
-    state, *_ = started()
-    students = {}
-    for name in ("reverse_kl", "jensen_shannon", "forward_kl"):
-        after, metrics = jax.jit(make(dataclasses.replace(BASE, divergence=name)).step)(
-            state, make_batch(), jax.random.key(2)
-        )
-        students[name] = (after, metrics)
-    fakes = [after.bins.log_mean for after, _ in students.values()]
-    assert largest_difference(fakes[0], fakes[2]) < 1e-5
-    sizes = [float(metrics["effective_sample_size"]) for _, metrics in students.values()]
+    results = [stepped(divergence=name) for name in ("reverse_kl", "jensen_shannon", "forward_kl")]
+    assert largest_difference(results[0][0].bins, results[2][0].bins) < 1e-5
+    assert largest_difference(results[0][0].student, results[2][0].student) > 1e-5
+    sizes = [float(metrics["effective_sample_size"]) for _, metrics in results]
     assert sizes[0] == pytest.approx(8.0, abs=1e-5)
     assert sizes[0] > sizes[1] > sizes[2] >= 1
 
 
-def test_steps_are_pure_functions_of_state_batch_and_key():
-    state, after, metrics = started()
-    again, metrics_again = jax.jit(make().step)(state, make_batch(seed=9), step_key(0, 1, 3))
+def test_steps_are_pure_functions_of_state_batch_and_key(started, quick_jit):
+    state, after, metrics = started
+    again, metrics_again = quick_jit(make().step)(state, make_batch(seed=9), step_key(0, 1, 3))
     assert largest_difference(after, again) == 0
     assert all(metrics[name] == metrics_again[name] for name in metrics)
 
 
-@pytest.mark.parametrize("bins", ["karras", "linear", "none"])
-def test_eight_devices_give_the_numbers_of_one(bins):
-    """Jit with a sharded batch, and pmap, on 8 simulated devices, with SGD so that rounding isn't amplified."""
-    config = dataclasses.replace(BASE, bins=bins, fake_updates=1)
-    optimizers = Optimizers(optax.sgd(0.1), optax.sgd(0.1), optax.sgd(0.1))
-    state, *_ = started()
-    batch, key = make_batch(size=16, cycles=1, seed=4), jax.random.key(8)
-    plain = make(config, optimizers)
-    state = state._replace(
-        student_opt=optimizers.student.init(state.student),
-        fake_opt=optimizers.fake.init(state.fake),
-        head_opt=optimizers.head.init(state.head),
+JOINT = {"head_features": "fake", "train_features": True}
+
+
+def with_sgd(state, joint=False):
+    """SGD, so that rounding isn't amplified; all optimizers begin anew."""
+    sgd = optax.sgd(0.1)
+    critics = {"fake": state.fake, "head": state.head}
+    return Optimizers(sgd, sgd, sgd), state._replace(
+        student_opt=sgd.init(state.student),
+        fake_opt=sgd.init(critics if joint else state.fake),
+        head_opt=() if joint else sgd.init(state.head),
     )
-    expected, metrics = jax.jit(plain.step)(state, batch, key)
 
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.device_put(batch, NamedSharding(mesh, P(None, "data")))
-    replicated = jax.device_put(state, NamedSharding(mesh, P()))
-    got, got_metrics = jax.jit(plain.step)(replicated, sharded, jax.device_put(key, NamedSharding(mesh, P())))
 
-    mapped = make(config, optimizers, axis_name="data")
+def assert_close(expected, other):
+    (state, metrics), (other_state, other_metrics) = jax.device_get((expected, other))
+    assert largest_difference(state, other_state) < 1e-5
+    assert metrics.keys() == other_metrics.keys()
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"bins": "linear", "gan_same_noise": True, "weight_eps": 1e-6, "r1_weight": 1.0, "r1_image": "clean"},
+        {"bins": "none", "head_features": "fake", "regression_weight": 0.5},
+        {**JOINT, "gan_own_noise": True, "critics_on_student_step": True, "matching_eps": 0.0, "fake_updates": 2},
+    ],
+    ids=["default", "fastgen", "regression", "dmd2"],
+)
+def test_eight_devices_give_the_numbers_of_one(changes, started, quick_jit):
+    """Jit with a sharded batch, and shard_map."""
+    config = dataclasses.replace(BASE, **changes)
+    optimizers, state = with_sgd(started[0], config.train_features)
+    key = jax.random.key(8)
+    batch = {**make_batch(16, config.fake_updates, 4), **(make_pairs(16) if config.regression_weight else {})}
+    plain, mapped = make(config, optimizers), make(config, optimizers, axis_name="data")
+    step = quick_jit(plain.step)
+    expected = step(state, batch, key)
+    everywhere = NamedSharding(MESH, P())
+    replicated, sharded = jax.device_put(state, everywhere), jax.device_put(batch, NamedSharding(MESH, P(None, "data")))
+    assert_close(expected, step(replicated, sharded, jax.device_put(key, everywhere)))
+    shard = jax.shard_map(mapped.step, mesh=MESH, in_specs=(P(), P(None, "data"), P()), out_specs=(P(), P()))
+    assert_close(expected, quick_jit(shard)(replicated, sharded, key))
+
+
+def test_pmap_gives_the_numbers_of_one_device(started, quick_jit):
+    optimizers, state = with_sgd(started[0])
+    batch, key = make_batch(16, seed=4), jax.random.key(8)
+    expected = quick_jit(make(BASE, optimizers).step)(state, batch, key)
     split = jax.tree.map(lambda x: x.reshape(1, 8, 2, *x.shape[2:]).swapaxes(0, 1), batch)
-    pmapped, pmapped_metrics = jax.pmap(mapped.step, axis_name="data", in_axes=(None, 0, None))(state, split, key)
-    pmapped, pmapped_metrics = jax.tree.map(lambda x: x[0], (pmapped, pmapped_metrics))
-
-    shard = jax.shard_map(mapped.step, mesh=mesh, in_specs=(P(), P(None, "data"), P()), out_specs=(P(), P()))
-    shard_mapped, shard_metrics = jax.jit(shard)(replicated, sharded, key)
-    results = ((got, got_metrics), (pmapped, pmapped_metrics), (shard_mapped, shard_metrics))
-    for other, other_metrics in results:
-        assert largest_difference(jax.device_get(expected), jax.device_get(other)) < 1e-5
-        assert metrics.keys() == other_metrics.keys()
-        for name in metrics:
-            np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-4, atol=1e-5, err_msg=name)
+    mapped = make(BASE, optimizers, axis_name="data")
+    got = jax.pmap(mapped.step, axis_name="data", in_axes=(None, 0, None))(state, split, key)
+    assert_close(expected, jax.tree.map(lambda x: x[0], got))
 
 
-def test_bfloat16_network_with_float32_weights():
+def test_bfloat16_network_with_float32_weights(quick_jit):
     algorithm = f_distill(TinyDenoiser(dtype=jnp.bfloat16), HEAD, BASE, OPTIMIZERS, teacher=teacher())
     state = algorithm.init(jax.random.key(0), make_batch())
-    after, metrics = jax.jit(algorithm.step)(state, make_batch(), jax.random.key(1))
+    after, metrics = quick_jit(algorithm.step)(state, make_batch(), jax.random.key(1))
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(after))
     assert all(np.isfinite(value) for value in metrics.values())
 
 
-def test_guidance_and_r1_change_the_losses_that_they_belong_to():
-    state, *_ = started()
-    plain, metrics = jax.jit(make().step)(state, make_batch(), jax.random.key(2))
-    _, guided = jax.jit(make(dataclasses.replace(BASE, guidance_scale=2.0)).step)(
-        state, make_batch(), jax.random.key(2)
+def test_guidance_and_r1_change_the_losses_that_they_belong_to(stepped):
+    _, metrics = stepped()
+    _, changed = stepped(guidance_scale=2.0, r1_weight=100.0)
+    assert changed["matching_norm"] != metrics["matching_norm"]
+    assert changed["generator_loss"] == pytest.approx(float(metrics["generator_loss"]), rel=1e-5)
+    assert changed["discriminator_loss"] > metrics["discriminator_loss"]
+
+
+class Block(nn.Module):
+    """A head without parameters to speak of, on images."""
+
+    @nn.compact
+    def __call__(self, features, sigma, labels=None):
+        return nn.Dense(2)(features.reshape(len(features), -1))
+
+
+def test_a_unet_with_features_of_two_resolutions(quick_jit):
+    """The networks that this is for: a small U-Net, heads on two levels of the fake score's encoder, trained with it."""
+    net = EDMPrecond(
+        SongUNet(4, 1, label_dim=3, model_channels=4, channel_mult=(1, 1), num_blocks=1, attn_resolutions=())
     )
-    _, penal = jax.jit(make(dataclasses.replace(BASE, r1_weight=100.0)).step)(state, make_batch(), jax.random.key(2))
-    assert guided["matching_norm"] != metrics["matching_norm"]
-    assert guided["generator_loss"] == pytest.approx(float(metrics["generator_loss"]), rel=1e-5)
-    assert penal["discriminator_loss"] > metrics["discriminator_loss"]
-    assert int(plain.step) == 4
+    sgd = Optimizers(optax.sgd(0.1), optax.sgd(0.1))
+    config = dataclasses.replace(BASE, **JOINT)
+    x, sigma, labels = jnp.zeros((2, *SHAPE)), jnp.ones(2), jnp.zeros(2, jnp.int32)
+    variables = quick_jit(net.init)(jax.random.key(0), x, sigma, labels)
+    algorithm = f_distill(net, HEAD, config, sgd, teacher=variables, feature_levels=(0, 1))
+    state = quick_jit(algorithm.init)(jax.random.key(1), make_batch())
+    assert {name[:5] for name in state.head if name.startswith("head")} == {"head0", "head1"}
+    after, metrics = quick_jit(algorithm.step)(state, make_batch(), jax.random.key(2))
+    for name in ("student", "fake", "head"):
+        assert largest_difference(getattr(after, name), getattr(state, name)) > 0, name
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_a_head_may_look_at_the_image_and_the_teacher_needs_no_features(quick_jit):
+    class Plain(TinyDenoiser):
+        @nn.compact
+        def __call__(self, x, sigma, class_labels=None, *, train=False):
+            return nn.Dense(16)(x.reshape(len(x), -1)).reshape(x.shape)
+
+    net = Plain()
+    variables = net.init(jax.random.key(0), make_batch()["image"][0], jnp.ones(8))
+    config = dataclasses.replace(BASE, head_features="own")
+    algorithm = f_distill(net, Block(), config, OPTIMIZERS, teacher=variables)
+    state = algorithm.init(jax.random.key(1), make_batch())
+    assert jax.tree.map(jnp.shape, state.head) == {"Dense_0": {"kernel": (16, 2), "bias": (2,)}}
+    after, metrics = quick_jit(algorithm.step)(state, make_batch(), jax.random.key(2))
+    assert largest_difference(after.head, state.head) > 0
+    assert np.isfinite(metrics["effective_sample_size"])
+
+
+def test_regression_pulls_towards_the_targets(quick_jit, started):
+    """With nothing else it is plain regression, by whatever distance."""
+    config = dataclasses.replace(BASE, divergence="reverse_kl", gan_weight=0.0, regression_weight=1e4)
+    _, state = with_sgd(started[0])
+    sgd = Optimizers(optax.sgd(1e-5), optax.sgd(0.1), optax.sgd(0.1))
+    pairs = make_pairs()
+
+    def loss(params, power):
+        x = one_step(NET, {"params": params}, pairs["latents"][0], pairs["target_label"][0])
+        return jnp.mean(jnp.abs(x - pairs["target"][0]) ** power)
+
+    def absolute(x, y):
+        return jnp.abs(x - y).mean(axis=(1, 2, 3))
+
+    for power, distance in ((2, None), (1, absolute)):
+        step = quick_jit(make(config, sgd, distance=distance).step)
+        after, metrics = step(state, {**make_batch(), **pairs}, jax.random.key(2))
+        value, grads = jax.value_and_grad(loss)(state.student, power)
+        assert metrics["regression_loss"] == pytest.approx(float(value), rel=1e-4)
+        moved = jax.tree.map(lambda new, old: (old - new) / (1e-5 * 1e4), after.student, state.student)
+        for got, wanted in zip(jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(got, wanted, atol=0.03 * float(jnp.abs(wanted).max()) + 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +341,17 @@ def test_guidance_and_r1_change_the_losses_that_they_belong_to():
         ({"min_level": 5, "max_level": 4}, "min_level"),
         ({"ema_decays": ()}, "ema_decays"),
         ({"fake_weighting": "snr"}, "fake_weighting"),
+        ({"head_features": "student"}, "teacher, fake, own"),
+        ({"train_features": True}, "train_features must be False unless head_features is 'fake', got"),
+        ({"fake_min_level": 900, "fake_max_level": 100}, "fake_min_level"),
+        ({"fake_max_level": 1000}, "fake_max_level <= 999"),
+        ({"max_level": 3, "levels": (0.1, 0.2, 0.3)}, "max_level <= 2"),
+        ({"levels": (0.2, 0.1)}, "levels must be positive, finite and ascending"),
+        ({"matching_weighting": "sigma"}, "dmd, score"),
+        ({"matching_eps": -1e-6}, "matching_eps"),
+        ({"weight_eps": float("nan")}, "weight_eps"),
+        ({"regression_weight": -1.0}, "regression_weight"),
+        ({"r1_image": "both"}, "noised, clean"),
     ],
 )
 def test_bad_settings_name_themselves(changes, words):
@@ -258,14 +359,20 @@ def test_bad_settings_name_themselves(changes, words):
         dataclasses.replace(BASE, **changes)
 
 
+@pytest.mark.parametrize("name", ["train_features", "gan_own_noise", "gan_same_noise", "critics_on_student_step"])
+def test_switches_are_switches(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 1"):
+        dataclasses.replace(BASE, **{name: 1})
+
+
 def test_a_gan_weight_of_zero_is_allowed():
     assert dataclasses.replace(BASE, gan_weight=0.0).gan_weight == 0
 
 
-def test_bad_batches_and_arguments():
+def test_bad_batches_and_arguments(started):
     algorithm = make()
-    state, *_ = started()
-    with pytest.raises(ValueError, match="fake_updates = 2"):
+    state, *_ = started
+    with pytest.raises(ValueError, match="fake_updates = 1"):
         algorithm.step(state, make_batch(cycles=3), jax.random.key(0))
     with pytest.raises(ValueError, match="at least 2, got 1"):
         algorithm.step(state, make_batch(size=1), jax.random.key(0))
@@ -273,11 +380,32 @@ def test_bad_batches_and_arguments():
         f_distill(NET, HEAD, BASE, OPTIMIZERS)
     with pytest.raises(ValueError, match="both"):
         f_distill(NET, HEAD, BASE, OPTIMIZERS, teacher=teacher(), start=state)
+    with pytest.raises(ValueError, match="optimizers must have one for the head"):
+        make(optimizers=Optimizers(optax.sgd(0.1), optax.sgd(0.1)))
+    fake = Oracles(fake=lambda params, x, sigma, labels: x)
+    with pytest.raises(ValueError, match="head_features must not be 'fake' when an oracle"):
+        make(dataclasses.replace(BASE, head_features="fake"), oracles=fake)
 
 
-def test_labels_and_guidance_must_fit_the_network():
+def test_bad_pairs(started):
+    state, *_ = started
+    config = dataclasses.replace(BASE, regression_weight=1.0)
+    step, batch, pairs = make(config).step, make_batch(), make_pairs()
+    with pytest.raises(ValueError, match="'latents' and 'target'"):
+        step(state, batch, jax.random.key(0))
+    without = {name: pairs[name] for name in ("latents", "target")}
+    with pytest.raises(ValueError, match="'target_label' if and only if"):
+        step(state, {**batch, **without}, jax.random.key(0))
+    with pytest.raises(ValueError, match="latents and target must have one shape"):
+        step(state, {**batch, **pairs, "target": pairs["target"][0]}, jax.random.key(0))
+    bad = make(config, distance=lambda x, y: jnp.mean((x - y) ** 2))
+    with pytest.raises(ValueError, match="distance must return one number per example"):
+        bad.step(state, {**batch, **pairs}, jax.random.key(0))
+
+
+def test_labels_and_guidance_must_fit_the_network(started):
     algorithm = make()
-    state, *_ = started()
+    state, *_ = started
     with pytest.raises(ValueError, match="if and only if the network has classes"):
         algorithm.step(state, {"image": make_batch()["image"]}, jax.random.key(0))
     unconditional = TinyDenoiser(label_dim=0)
@@ -285,19 +413,18 @@ def test_labels_and_guidance_must_fit_the_network():
         f_distill(unconditional, HEAD, dataclasses.replace(BASE, guidance_scale=2.0), OPTIMIZERS, teacher=teacher())
 
 
-def test_label_vectors_serve_as_well_as_numbers():
-    state, *_ = started()
+def test_label_vectors_serve_as_well_as_numbers(started, stepped, quick_jit):
     batch = make_batch()
     vectors = {**batch, "label": jax.nn.one_hot(batch["label"], 3)}
-    one, two = (jax.jit(make().step)(state, b, jax.random.key(2))[0] for b in (batch, vectors))
-    assert largest_difference(one, two) < 1e-6
+    two, _ = quick_jit(make().step)(started[0], vectors, jax.random.key(2))
+    assert largest_difference(stepped()[0], two) < 1e-6
 
 
-def test_the_teacher_counts_more_images_than_an_int32_holds():
+def test_the_teacher_counts_more_images_than_an_int32_holds(quick_jit):
     algorithm = edm_teacher(NET, optax.sgd(0.0), ema_halflife=5e7)
-    batch = jax.tree.map(lambda x: x[0], make_batch(size=8, cycles=1))
+    batch = jax.tree.map(lambda x: x[0], make_batch())
     state = algorithm.init(jax.random.key(0), batch)._replace(step=jnp.array(600_000_000, jnp.int32))
-    _, metrics = jax.jit(algorithm.step)(state, batch, jax.random.key(1))
+    _, metrics = quick_jit(algorithm.step)(state, batch, jax.random.key(1))
     assert float(metrics["ema_decay"]) == pytest.approx(0.5 ** (8 / 5e7), rel=1e-6)
 
 
@@ -309,14 +436,14 @@ def test_student_starts_as_the_teacher_cut_to_one_step():
     )
 
 
-def test_teacher_learns_and_its_average_is_used():
+def test_teacher_learns_and_its_average_is_used(quick_jit):
     algorithm = edm_teacher(NET, optax.adam(1e-2), ema_halflife=64.0, ema_rampup=None)
     rng = np.random.default_rng(0)
     label = rng.integers(0, 3, size=64)
     image = np.zeros((64, *SHAPE), np.float32) + (label - 1.0)[:, None, None, None] * 0.5
     batch = {"image": jnp.asarray(image, jnp.float32), "label": jnp.asarray(label, jnp.int32)}
     state = algorithm.init(jax.random.key(0), batch)
-    step = jax.jit(algorithm.step)
+    step = quick_jit(algorithm.step)
     losses = []
     for i in range(200):
         state, metrics = step(state, batch, step_key(0, 0, i))
@@ -329,18 +456,17 @@ def test_teacher_learns_and_its_average_is_used():
     assert means[0] < means[1] < means[2]
 
 
-def test_teacher_on_eight_devices_gives_the_numbers_of_one():
-    batch = jax.tree.map(lambda x: x[0], make_batch(size=16, cycles=1))
+def test_teacher_on_eight_devices_gives_the_numbers_of_one(quick_jit):
+    batch = jax.tree.map(lambda x: x[0], make_batch(size=16))
     plain = edm_teacher(NET, optax.sgd(0.1))
     state = plain.init(jax.random.key(0), batch)
-    expected, metrics = jax.jit(plain.step)(state, batch, jax.random.key(1))
+    expected, metrics = quick_jit(plain.step)(state, batch, jax.random.key(1))
     mapped = edm_teacher(NET, optax.sgd(0.1), axis_name="data")
     split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
     got, got_metrics = jax.pmap(mapped.step, axis_name="data", in_axes=(None, 0, None))(state, split, jax.random.key(1))
     got, got_metrics = jax.tree.map(lambda x: x[0], (got, got_metrics))
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    shard = jax.shard_map(mapped.step, mesh=mesh, in_specs=(P(), P("data"), P()), out_specs=(P(), P()))
-    for other, other_metrics in ((got, got_metrics), jax.jit(shard)(state, batch, jax.random.key(1))):
+    shard = jax.shard_map(mapped.step, mesh=MESH, in_specs=(P(), P("data"), P()), out_specs=(P(), P()))
+    for other, other_metrics in ((got, got_metrics), quick_jit(shard)(state, batch, jax.random.key(1))):
         assert largest_difference(jax.device_get(expected), jax.device_get(other)) < 1e-5
         for name in metrics:
             np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-5, err_msg=name)
