@@ -1,5 +1,6 @@
 """Every Flax module: diffusion U-Nets, their preconditioning and layers, and the heads that estimate density ratios."""
 
+from poise.nets.categorical_head import CategoricalHead, ValueMLP
 from poise.nets.dhariwal_unet import DhariwalUNet
 from poise.nets.discriminator import DiscriminatorHead, head_group_count
 from poise.nets.edm import (
@@ -29,6 +30,7 @@ __all__ = [
     "MLP",
     "AffineGenerator",
     "BlockStyle",
+    "CategoricalHead",
     "DhariwalUNet",
     "DiscriminatorHead",
     "EDMCoefficients",
@@ -42,6 +44,7 @@ __all__ = [
     "ResampleConv",
     "SongUNet",
     "UNetBlock",
+    "ValueMLP",
     "adm",
     "ddpmpp",
     "downsample",
