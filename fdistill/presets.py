@@ -126,7 +126,7 @@ PRESETS = MappingProxyType(
         ),
         "dmd2_sd15_finetune": Recipe(
             dataclasses.replace(_DMD2_LATENT, gan_weight=1e-3), 5e-7, 2048, 200, warmup_steps=500, clip_critics=10.0,
-            source=_DMD2_SOURCE + "sdv1.5/laion6.25_..._lr5e-7_seed10_dfake10_diffusion1000_gan1e-3_noode_resume_fixdata.sh",
+            source=_DMD2_SOURCE + "sdv1.5/laion6.25_..._lr5e-7_seed10_dfake10_diffusion1000_gan1e-3_noode_...",
         ),
         "fastgen": Recipe(
             dataclasses.replace(_FASTGEN, divergence="forward_kl"), 1e-4, 2048, 20_000, (0, 1, 2),

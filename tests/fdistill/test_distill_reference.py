@@ -12,7 +12,7 @@ import pytest
 
 from poise.fdistill import FDistillConfig, Optimizers, f_distill
 from poise.fdistill.networks import Networks
-from poise.nets import RatioHead
+from poise.nets import MLPHead, RatioHead
 
 CLASSES, SHAPE, BATCH, RATES = 3, (2, 3, 1), 6, (0.3, 0.02, 0.5)
 
@@ -37,6 +37,7 @@ class Perceptron(nn.Module):
 
 
 NET, HEAD = Perceptron(), RatioHead(hidden=(8,), label_dim=CLASSES, noise_channels=8)
+OWN = MLPHead((8,), CLASSES, noise_channels=8)
 BASE = FDistillConfig(
     sigma_min=0.05,
     sigma_max=4.0,
@@ -49,6 +50,10 @@ BASE = FDistillConfig(
     ema_decays=(0.9, 0.5),
 )
 WEIGHTS = {"reverse_kl": jnp.ones_like, "forward_kl": lambda r: r, "jensen_shannon": lambda r: r / (r + 1)}
+
+
+def head_of(config):
+    return OWN if config.head_features == "own" else HEAD
 
 
 def shaken(tree, seed, size=0.2):
@@ -83,8 +88,9 @@ def started():
 
 def plain_step(config, state, batch, key):
     """The algorithm, network by network and loss by loss; the random draws alone are the library's."""
-    networks = Networks(NET, HEAD, config, Optimizers(*map(optax.sgd, RATES)), (-1,), None)
+    networks = Networks(NET, head_of(config), config, Optimizers(*map(optax.sgd, RATES)), (-1,), None)
     teacher, h_of, metrics = state.frozen["teacher"], WEIGHTS[config.divergence], {}
+    tiny = config.weight_eps
 
     def denoise(params, x, sigma, labels):
         return NET.apply({"params": params}, x, sigma, labels)
@@ -95,9 +101,14 @@ def plain_step(config, state, batch, key):
     def noised(x, draws):
         return x + draws.sigma[:, None, None, None] * draws.noise
 
-    def judge(head, xt, sigma, labels):
-        features = NET.apply(teacher, xt, sigma, labels, feature_levels=(-1,), features_only=True)
-        return HEAD.apply({"params": head}, features, sigma, labels)[:, 0]
+    def judge(head, xt, sigma, labels, fake=state.fake):
+        variables = {"teacher": teacher, "fake": {"params": fake}}
+        features = xt
+        if config.head_features != "own":
+            features = NET.apply(
+                variables[config.head_features], xt, sigma, labels, feature_levels=(-1,), features_only=True
+            )
+        return head_of(config).apply({"params": head}, features, sigma, labels).mean(axis=1)
 
     def descend(params, grads, rate):
         return jax.tree.map(lambda p, g: p - rate * g, params, grads)
@@ -112,17 +123,22 @@ def plain_step(config, state, batch, key):
         d_real - denoise(teacher["params"], xt, sigma, jnp.zeros((BATCH, CLASSES)))
     )
     ratio, means = jnp.exp(judge(state.head, xt, sigma, labels)), jnp.exp(state.bins.log_mean)
-    ends = config.sigma_min ** (1 / config.rho), config.sigma_max ** (1 / config.rho)
-    place = jnp.digitize(sigma ** (1 / config.rho), np.linspace(*ends, config.num_bins + 1)[1:-1])
+    metrics["clipped"] = ((ratio < config.ratio_range[0]) | (ratio > config.ratio_range[1])).mean()
+    ratio = jnp.clip(ratio, *config.ratio_range)
+    power = 1 / config.rho if config.bins == "karras" else 1.0
+    ends = config.sigma_min**power, config.sigma_max**power
+    place = jnp.digitize(sigma**power, np.linspace(*ends, config.num_bins + 1)[1:-1])
     for b in range(config.num_bins):
         count = (place == b).sum()
-        mean = jnp.where(place == b, ratio, 0).sum() / jnp.maximum(count, 1)
+        mean = jnp.where(place == b, ratio, 0).sum() / jnp.maximum(count + tiny, 1)
         metrics[f"ratio_bin_{b}"] = jnp.where(count > 0, mean, 1)
         moved = config.bins_decay * means[b] + (1 - config.bins_decay) * mean
         means = means.at[b].set(jnp.where(count > 0, moved, means[b]))
-    h = h_of(ratio / means[place])
-    h = h / h.mean()
+    h = h_of(ratio / (means[place] + tiny))
+    h = h / (h.mean() + tiny)
     distance = jnp.abs(x - d_real).mean(axis=(1, 2, 3), keepdims=True) + 1e-6
+    if config.matching_weighting == "score":
+        distance = sigma[:, None, None, None] ** 2
     field = h[:, None, None, None] * (d_fake - d_real) / distance
 
     def generator_loss(x):
@@ -130,6 +146,15 @@ def plain_step(config, state, batch, key):
 
     metrics["generator_loss"], adversarial = jax.value_and_grad(generator_loss)(x)
     (student_grads,) = pull_back(field / x.size + config.gan_weight * adversarial)
+    if config.regression_weight > 0:
+
+        def regression(params):
+            latents, labels = batch["latents"][0], batch["target_label"][0]
+            x = denoise(params, config.sigma_init * latents, jnp.full(BATCH, config.sigma_init), labels)
+            return ((x - batch["target"][0]) ** 2).mean()
+
+        metrics["regression_loss"], grads = jax.value_and_grad(regression)(state.student)
+        student_grads = jax.tree.map(lambda a, b: a + config.regression_weight * b, student_grads, grads)
     metrics["matching_norm"] = jnp.abs(field).mean()
     metrics |= {"weight_min": h.min(), "weight_max": h.max(), "effective_sample_size": h.sum() ** 2 / (h**2).sum()}
     student = descend(state.student, student_grads, RATES[0])
@@ -145,15 +170,19 @@ def plain_step(config, state, batch, key):
         a, b = (networks.draw(k, image, networks.critic_level) for k in (fake_key, real_key))
         x = generate(student, a)
         xt, real = noised(x, a), noised(image, b)
-        near = real + config.r1_noise * b.latents
+        if config.gan_same_noise:
+            b = b._replace(sigma=a.sigma, noise=a.noise)
+            real = noised(image, b)
+        near = (real if config.r1_image == "noised" else image) + config.r1_noise * b.latents
 
         def fake_loss(params, x=x, xt=xt, a=a):
-            weight = (1 / a.sigma**2 + 1 / config.sigma_data**2)[:, None, None, None]
-            return (weight * (denoise(params, xt, a.sigma, a.labels) - x) ** 2).mean()
+            weights = {"edm": 1 / a.sigma**2 + 1 / config.sigma_data**2, "none": jnp.ones_like(a.sigma)}
+            error = (denoise(params, xt, a.sigma, a.labels) - x) ** 2
+            return (weights[config.fake_weighting][:, None, None, None] * error).mean()
 
-        def head_loss(params, xt=xt, real=real, near=near, a=a, b=b, label=label):
-            l_fake, l_real = judge(params, xt, a.sigma, a.labels), judge(params, real, b.sigma, label)
-            penalty = ((l_real - judge(params, near, b.sigma, label)) ** 2).mean()
+        def head_loss(params, fake=fake, xt=xt, real=real, near=near, a=a, b=b, label=label):
+            l_fake, l_real = judge(params, xt, a.sigma, a.labels, fake), judge(params, real, b.sigma, label, fake)
+            penalty = ((l_real - judge(params, near, b.sigma, label, fake)) ** 2).mean()
             logistic = jnp.log1p(jnp.exp(l_fake)).mean() + jnp.log1p(jnp.exp(-l_real)).mean()
             loss = config.discriminator_weight * logistic + config.r1_weight * penalty
             return loss, {"logit_fake": l_fake.mean(), "logit_real": l_real.mean()}
@@ -168,20 +197,53 @@ def plain_step(config, state, batch, key):
     return parts, metrics
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"divergence": "reverse_kl"},
-        {"divergence": "forward_kl"},
-        {"divergence": "jensen_shannon", "r1_weight": 5.0, "guidance_scale": 1.5},
-    ],
-    ids=lambda changes: "-".join(map(str, changes.values())),
-)
-def test_a_step_is_the_one_written_out_plainly(changes):
-    config, state, batch, key = dataclasses.replace(BASE, **changes), started(), make_batch(), jax.random.key(12)
-    expected, metrics = jax.jit(functools.partial(plain_step, config))(state, batch, key)
-    step = f_distill(NET, HEAD, config, Optimizers(*map(optax.sgd, RATES)), start=state).step
-    after, got = jax.jit(step)(state, batch, key)
+CASES = {
+    "reverse_kl": {"divergence": "reverse_kl"},
+    "fastgen": {
+        "divergence": "forward_kl",
+        "bins": "linear",
+        "bins_decay": 0.0,
+        "weight_eps": 1e-3,
+        "ratio_range": (0.6, 1.3),
+        "fake_weighting": "none",
+        "r1_weight": 5.0,
+        "r1_image": "clean",
+        "gan_same_noise": True,
+    },
+    "guidance": {"divergence": "jensen_shannon", "r1_weight": 5.0, "guidance_scale": 1.5, "head_features": "fake"},
+    "own": {
+        "divergence": "forward_kl",
+        "head_features": "own",
+        "regression_weight": 0.3,
+        "matching_weighting": "score",
+        "fake_min_level": 300,
+        "fake_max_level": 600,
+    },
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_is_the_one_written_out_plainly(name, quick_jit):
+    config = dataclasses.replace(BASE, **CASES[name])
+    batch, key, head = make_batch(), jax.random.key(12), head_of(config)
+    state = started()
+    if config.head_features == "own":
+        fresh = head.init(jax.random.key(1), batch["image"][0], jnp.ones(BATCH), batch["label"][0])
+        state = state._replace(head=shaken(fresh["params"], 5), head_opt=())
+        rng = np.random.default_rng(8)
+        batch["latents"], batch["target"] = jnp.asarray(rng.normal(size=(2, 1, BATCH, *SHAPE)), jnp.float32)
+        batch["target_label"] = batch["label"][1:]
+    optimizers = Optimizers(*map(optax.sgd, RATES))
+    state = state._replace(head_opt=optimizers.head.init(state.head))
+    expected, metrics = quick_jit(functools.partial(plain_step, config))(state, batch, key)
+    clipped = float(metrics.pop("clipped"))
+    assert (0 < clipped < 1) == (name == "fastgen")  # where it matters, the bounds on the ratio bind
+    step = f_distill(NET, head, config, optimizers, start=state).step
+    after, got = quick_jit(step)(state, batch, key)
+    compare(state, after, got, expected, metrics)
+
+
+def compare(state, after, got, expected, metrics):
     assert got.keys() == metrics.keys()
     for name, value in metrics.items():
         np.testing.assert_allclose(got[name], value, rtol=2e-5, atol=1e-6, err_msg=name)
