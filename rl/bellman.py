@@ -105,9 +105,7 @@ def sarsa_target(
     return _bootstrap(reward, discount, take_action(q_next, next_action))
 
 
-def conservative_penalty(
-    q: Float[Array, "*batch actions"], action: Shaped[Array, "*action"]
-) -> Float[Array, "*batch"]:
+def conservative_penalty(q: Float[Array, "*batch actions"], action: Shaped[Array, "*action"]) -> Float[Array, "*batch"]:
     r"""What conservative Q-learning adds to its loss, $\log\sum_a e^{Q(s,a)} - Q(s, a_\text{data})$.
 
     Never negative, and 0 only where softmax($Q$) is certain of the action of the data; its gradient is

@@ -9,7 +9,6 @@ from jaxtyping import Array, ArrayLike, Float
 
 from poise.core.arguments import check_range
 from poise.core.arrays import at_least_float32
-from poise.rl.bellman import take_action
 from poise.rl.target_probs import categorical_projection, hl_gauss_probs, two_hot_probs
 from poise.rl.value_grids import atoms, bin_centers, bin_edges
 from poise.rl.value_loss import categorical_td_loss, expected_value
@@ -230,5 +229,4 @@ def softmax_scalar(v_min: ArrayLike, v_max: ArrayLike, num_atoms: int = 51) -> V
 
 def action_outputs(outputs: Array, action: Array) -> Array:
     """The outputs ``[..., num_outputs]`` of one action each, from ``[..., actions, num_outputs]``."""
-    moved = jnp.moveaxis(outputs, -1, 0)
-    return jnp.moveaxis(take_action(moved, jnp.broadcast_to(action, moved.shape[:-1])), 0, -1)
+    return jnp.take_along_axis(outputs, action[..., None, None], axis=-2)[..., 0, :]
