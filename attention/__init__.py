@@ -1,0 +1,13 @@
+"""Attention functions: softplus attention with re-weighting, and softmax in extended-exponent arithmetic."""
+
+from poise.attention.inputs import length_scale
+from poise.attention.softplus_attention import softplus_attention
+from poise.attention.weights import attention_entropy, lssa_weights, reweight_attention
+
+__all__ = [
+    "attention_entropy",
+    "length_scale",
+    "lssa_weights",
+    "reweight_attention",
+    "softplus_attention",
+]
