@@ -29,7 +29,9 @@ class DistillConfig:
     """The settings of a distillation run; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
-    data: str = field("digits", "what is learned: digits, tfds:NAME, or folder:PATH of image files")
+    data: str = field(
+        "digits", "what is learned: digits, mixture2d (two modes in the plane), tfds:NAME, or folder:PATH of images"
+    )
     data_dir: str = field("", "folder of prepared data sets; empty: <workdir>/data", role="execution")
     image_size: int = field(0, "images of a folder are cropped and resized to it; 0: they have one size", minimum=0)
     eval_images: int = field(5000, "training images, at most, that generated ones are compared with", minimum=10)
@@ -99,8 +101,10 @@ class DistillConfig:
         """Checks each field, and those that belong together."""
         validate(self)
         kind, _, place = self.data.partition(":")
-        if (kind, bool(place)) not in (("digits", False), ("tfds", True), ("folder", True)):
-            raise ConfigError(f"data must be digits, tfds:NAME or folder:PATH, got {self.data!r}")
+        if (kind, bool(place)) not in (("digits", False), ("mixture2d", False), ("tfds", True), ("folder", True)):
+            raise ConfigError(f"data must be digits, mixture2d, tfds:NAME or folder:PATH, got {self.data!r}")
+        if kind == "mixture2d" and self.teacher:
+            raise ConfigError(f"teacher must be empty for data=mixture2d, whose teacher is exact, got {self.teacher!r}")
         if self.image_size and kind != "folder":
             raise ConfigError(f"image_size must be 0 for data={self.data}, whose size is known, got {self.image_size}")
         if self.model_channels % 4 or (self.model_channels > 128 and self.model_channels % 32):
@@ -152,6 +156,10 @@ RECIPES = {
         "model_channels": 4, "channel_mult": (1,), "attn_resolutions": (), "sampler_steps": 3, "eval_draws": 1,
         "eval_every": 2, "save_every": 2, "decay_steps": 4,
     },
+    "mixture2d": {
+        "data": "mixture2d", "sigma_min": 0.05, "sigma_max": 0.5, "batch_size": 256, "warmup_steps": 500, "steps": 400,
+        "decay_steps": 0, "learning_rate": 1e-2, "gan_weight": 0.0, "ema_decay": 0.9,
+    },
     "cifar10": {
         **_PAPER, "data": "tfds:cifar10", "architecture": "ddpmpp", "model_channels": 128, "channel_mult": (2, 2, 2),
         "num_blocks": 4, "attn_resolutions": (16,), "dropout": 0.13, "teacher_steps": 390_625,
@@ -190,7 +198,7 @@ def check(config: DistillConfig) -> None:
     from poise.launch.image_sets import open_images
     from poise.launch.teachers import read_description
 
-    if config.data == "digits" and not config.teacher:
+    if config.data == "mixture2d" or (config.data == "digits" and not config.teacher):
         return
     if config.data == "digits":
         shape, classes, maximum = (8, 8, 1), 10, 16
@@ -210,6 +218,10 @@ def check(config: DistillConfig) -> None:
 
 def run(config: DistillConfig, workdir: pathlib.Path) -> None:
     """The whole run, top to bottom: data, teacher, networks, training, judgement."""
+    if config.data == "mixture2d":
+        from poise.launch.mixture2d import run_mixture2d
+
+        return run_mixture2d(config, workdir)
     from poise.launch.distill_phases import distill_phases, network_of
     from poise.launch.distill_results import write_results
     from poise.launch.image_sets import first_images, open_images
