@@ -2,11 +2,13 @@
 
 ``python -m poise.launch.convert_edm --input=edm.safetensors --recipe=cifar10-32x32-cond-vp --output=DIR``
 
-Only ``.safetensors`` and ``.npz`` files are read: an official pickle would execute code. No weights come with poise;
+What network the weights belong to is read from a ``.safetensors`` file's metadata (``class_name``, and ``init_kwargs``
+as JSON) where it is there, else inferred from the weights, unless ``--recipe`` says it. Only ``.safetensors`` and ``.npz`` files are read: an official pickle would execute code. No weights come with poise;
 those that NVIDIA published are CC BY-NC-SA 4.0, and so is what is converted from them.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -86,9 +88,13 @@ def convert(config: ConvertConfig) -> Any:
     from poise.launch.teachers import Teacher
     from poise.nets import EDM_CHECKPOINTS, from_state_dict, infer_config
 
-    weights = read_weights(config.input)
+    weights, stored = read_weights(config.input)
     try:
-        architecture = dict(infer_config(weights) if config.recipe == INFER else EDM_CHECKPOINTS[config.recipe])
+        if config.recipe == INFER:
+            architecture = infer_config(weights) if stored is None else stored
+        else:
+            architecture = dict(EDM_CHECKPOINTS[config.recipe])
+            _check_agreement(config, architecture, stored or {})
         _, variables = from_state_dict(weights, architecture, strict=not config.lenient)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{config.input}: {error}") from error
@@ -98,24 +104,44 @@ def convert(config: ConvertConfig) -> Any:
     return Teacher(network, variables, PixelScale.edm(network.sigma_data), ())
 
 
-def read_weights(path: str) -> Mapping[str, Any]:
+def _check_agreement(config: ConvertConfig, chosen: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    from poise.nets import preconditioning_of
+
+    plain = {name: list(value) if isinstance(value, tuple) else value for name, value in chosen.items()}
+    shared = (plain.keys() & stored.keys()) - {"dropout", "class_name"}
+    different = [f"{name} is {stored[name]} there" for name in sorted(shared) if stored[name] != plain[name]]
+    if stored and preconditioning_of(stored) != preconditioning_of(chosen):
+        different.insert(0, f"the preconditioning is {preconditioning_of(stored)!r} there")
+    if different:
+        raise ConfigError(f"recipe {config.recipe} contradicts the metadata of {config.input}: {'; '.join(different)}")
+
+
+def read_weights(path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Arrays by name from a ``.safetensors`` or ``.npz`` file; nothing in it is executed.
+
+    Returns:
+      The arrays, and the official constructor's arguments where the file's metadata has them.
 
     Raises:
       ConfigError: naming the file and why it can't be read.
     """
     import numpy as np
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"there is no file {file}")
     try:
         if file.suffix == ".safetensors":
-            return load_file(file)
+            with safe_open(file, framework="numpy") as reader:
+                metadata = reader.metadata() or {}
+                arrays = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+            if "init_kwargs" not in metadata:
+                return arrays, None
+            named = {"class_name": metadata["class_name"]} if "class_name" in metadata else {}
+            return arrays, {**json.loads(metadata["init_kwargs"]), **named}
         with np.load(file, allow_pickle=False) as archive:
-            return dict(archive)
+            return dict(archive), None
     except (SafetensorError, OSError, ValueError, EOFError) as error:
         raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 

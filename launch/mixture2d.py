@@ -182,8 +182,9 @@ def _write_results(
     _picture(workdir / "mixture2d.png", axis, fields, points[:600], np.asarray(samples[:600]), title)
     shown = report["student"]
     print(
-        f"share of samples nearer to the left and the right mode {shown['share_left']:.3f} and {shown['share_right']:.3f} "
-        f"(teacher 0.5 each), energy distance {shown['energy_distance']:.4f}, error of the learned log ratio "
+        "share of samples nearer to the left and the right mode "
+        f"{shown['share_left']:.3f} and {shown['share_right']:.3f} (teacher 0.5 each), "
+        f"energy distance {shown['energy_distance']:.4f}, error of the learned log ratio "
         f"{report['log_ratio_error']:.3f}",
         flush=True,
     )

@@ -1,4 +1,6 @@
-"""Official weights from files: converted without loss, and refused with every key that does not fit."""
+"""Official weights from files, as docs/guides/pretrained_teachers.md exports them: converted without loss, or refused."""
+
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -89,6 +91,20 @@ def test_files_that_do_not_fit_are_refused_and_nothing_is_written(weights, tmp_p
     np.savez(tmp_path / "objects.npz", x=np.array([{"a": 1}], dtype=object))  # a pickle in disguise
     assert "cannot be read" in refused(capsys, f"--input={tmp_path}/objects.npz", output)
     assert not (tmp_path / "teacher").exists()
+
+
+def test_metadata_says_what_network_it_is_and_a_recipe_must_agree(weights, tmp_path, capsys):
+    arguments = {**CONFIG, "channel_mult": [1], "attn_resolutions": [], "dropout": 0.3}
+    metadata = {"class_name": "VPPrecond", "init_kwargs": json.dumps(arguments)}
+    save_file(load_file(weights), tmp_path / "vp.safetensors", metadata=metadata)
+    assert main([f"--input={tmp_path / 'vp.safetensors'}", f"--output={tmp_path / 'teacher'}"]) == 0
+    architecture = load_teacher(tmp_path / "teacher").network.architecture
+    assert (architecture["class_name"], architecture["dropout"]) == ("VPPrecond", 0.3)
+    flags = (f"--input={tmp_path / 'vp.safetensors'}", f"--output={tmp_path / 'other'}")
+    said = refused(capsys, *flags, "--recipe=cifar10-32x32-uncond-vp")
+    assert "contradicts the metadata" in said
+    assert "the preconditioning is 'vp' there" in said
+    assert "img_resolution is 8 there" in said
 
 
 def test_a_folder_that_holds_a_teacher_is_left_alone(weights, tmp_path, capsys):
