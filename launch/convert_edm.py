@@ -3,8 +3,9 @@
 ``python -m poise.launch.convert_edm --input=edm.safetensors --recipe=cifar10-32x32-cond-vp --output=DIR``
 
 What network the weights belong to is read from a ``.safetensors`` file's metadata (``class_name``, and ``init_kwargs``
-as JSON) where it is there, else inferred from the weights, unless ``--recipe`` says it. Only ``.safetensors`` and ``.npz`` files are read: an official pickle would execute code. No weights come with poise;
-those that NVIDIA published are CC BY-NC-SA 4.0, and so is what is converted from them.
+as JSON) where it is there, else inferred from the weights, unless ``--recipe`` says it. Only ``.safetensors`` and
+``.npz`` files are read: an official pickle would execute code. No weights come with poise; those that NVIDIA published
+are CC BY-NC-SA 4.0, and so is what is converted from them.
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Official weights from files, as docs/guides/pretrained_teachers.md exports them: converted without loss, or refused."""
+"""Official weights, as docs/guides/pretrained_teachers.md exports them: converted without loss, or refused."""
 
 import json
 
