@@ -114,7 +114,7 @@ def _grouped(name: str, x: Array, batched: bool, shape: tuple[int, int, int, int
     return x.reshape(x.shape[0], *heads, *x.shape[2:])
 
 
-def _lengths(name: str, x: ArrayLike | None, batch: int, high: int) -> Array | None:
+def _lengths(name: str, x: Any, batch: int, high: int) -> Array | None:
     if x is None:
         return None
     check_count(name, x, 0, high)
@@ -161,16 +161,16 @@ def _extent(num_queries: int, num_keys: int, is_causal: Any, window: Any) -> Ext
 
 
 def prepare(
-    query: Array,
-    key: Array,
-    value: Array,
+    query: Any,
+    key: Any,
+    value: Any,
     *,
-    mask: Array | None,
-    bias: Array | None,
-    is_causal: bool,
-    query_seq_lengths: ArrayLike | None,
-    key_value_seq_lengths: ArrayLike | None,
-    local_window_size: int | tuple[int, int] | None,
+    mask: Any,
+    bias: Any,
+    is_causal: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    local_window_size: Any,
     segment_ids: Any,
     qk_norm: bool,
     scale: Any,

@@ -4,11 +4,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Float
 
-from poise.attention.chunked import Plan, chunked_softplus
+from poise.attention.blocks import Plan
+from poise.attention.chunked import chunked_softplus
 from poise.attention.dense import dense_softplus
 from poise.attention.inputs import prepare, ungroup
+from poise.attention.visibility import Extent
 from poise.core.arguments import check_choice, check_count, check_range, is_concrete
 
 IMPLEMENTATIONS = ("xla", "xla_chunked")
@@ -21,18 +23,18 @@ def softplus_attention(
     key: Float[Array, "*batch keys key_heads width"],
     value: Float[Array, "*batch keys key_heads value_width"],
     *,
-    mask: Bool[Array, "..."] | None = None,
+    mask: ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     segment_ids: Any = None,
-    power: float = 15.0,
+    power: float | int = 15.0,
     reweight: bool = True,
     offset_min_keys: int = 4,
     qk_norm: bool = True,
     scale: Any = None,
-    bias: Float[Array, "..."] | None = None,
+    bias: ArrayLike | None = None,
     implementation: str | None = None,
     return_residual: bool = False,
     block_size: int | tuple[int, int] | None = None,
@@ -114,12 +116,8 @@ def softplus_attention(
         scale=scale,
         default_scale="length",
     )
-    if implementation is None:
-        large = extent.num_queries * extent.num_keys > DENSE_SCORES or block_size is not None
-        implementation = "xla_chunked" if large else "xla"
+    implementation = choose_implementation(implementation, extent, block_size)
     if implementation == "xla":
-        if block_size is not None:
-            raise ValueError("block_size is not for implementation='xla', which holds the whole score matrix")
         out, statistics = dense_softplus(rows, extent, power, offset_min_keys, return_residual)
     else:
         blocks = check_blocks(block_size, extent.num_queries, extent.num_keys)
@@ -160,6 +158,16 @@ def check_implementation(implementation: Any, known: tuple[str, ...]) -> None:
     """Raises a ValueError that lists the known implementations."""
     if implementation is not None:
         check_choice("implementation", implementation, known)
+
+
+def choose_implementation(implementation: str | None, extent: Extent, block_size: Any) -> str:
+    """The implementation asked for, or the dense one unless the score matrix is large or blocks are named."""
+    if implementation is None:
+        large = extent.num_queries * extent.num_keys > DENSE_SCORES
+        return "xla_chunked" if large or block_size is not None else "xla"
+    if implementation == "xla" and block_size is not None:
+        raise ValueError("block_size is not for implementation='xla', which holds the whole score matrix")
+    return implementation
 
 
 def check_blocks(block_size: Any, num_queries: int, num_keys: int) -> tuple[int, int]:

@@ -1,5 +1,9 @@
 """Small attention problems, and the same computed in float64 by loops over rows."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,6 +60,17 @@ def draw():
     def arrays(batch=2, queries=7, keys=7, heads=4, key_heads=2, width=4, value_width=3, seed=0, dtype=np.float32):
         rng = np.random.default_rng(seed)
         shapes = [(queries, heads, width), (keys, key_heads, width), (keys, key_heads, value_width)]
-        return tuple(rng.standard_normal((batch, *shape)).astype(dtype) for shape in shapes)
+        return tuple(jnp.asarray(rng.standard_normal((batch, *shape)), dtype) for shape in shapes)
 
     return arrays
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """`jax.jit` that spends less time on optimizing: these programs run once or twice."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(1.0)
+    except jax.errors.JaxRuntimeError:  # the second option is not known to every version of XLA
+        options.popitem()
+    return functools.partial(jax.jit, compiler_options=options)
