@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, validate
+from poise.launch.distill_recipes import RECIPES
 from poise.launch.main import launch
 
 DIVERGENCES = (
@@ -19,6 +20,10 @@ DIVERGENCES = (
     "pearson_chi2", "neyman_chi2", "triangular",
 )  # fmt: skip
 
+PRESETS = (
+    "none", "dmd2", "dmd2_no_gan", "dmd2_finetune", "dmd2_sd15", "dmd2_sd15_finetune", "fastgen", "fastgen_imagenet64",
+    "fastgen_sd15", "paper_cifar10", "paper_imagenet64", "paper_sd15",
+)  # fmt: skip
 ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 # jax and everything that needs it is imported when the run starts, so that --help and mistakes answer at once.
@@ -57,6 +62,7 @@ class DistillConfig:
         0.0, "bound on the half-life, as a share of the images seen; 0: none", minimum=0.0
     )
 
+    preset: str = field("none", "published settings of whatever has no flag of its own below", choices=PRESETS)
     divergence: str = field("jensen_shannon", "the f-divergence that is lowered", choices=DIVERGENCES)
     steps: int = field(
         400, "updates of the student; more than before extends a finished run", role="execution", minimum=1
@@ -142,43 +148,6 @@ def check_levels(config: DistillConfig, size: int) -> None:
             f"attn_resolutions must be among the network's resolutions {', '.join(map(str, resolutions))}, "
             f"got {', '.join(map(str, config.attn_resolutions))}"
         )
-
-
-_PAPER = {  # what the paper's runs on EDM teachers share
-    "precision": "bfloat16", "sigma_min": 0.002, "sigma_max": 80.0, "fake_updates": 5, "weight_decay": 1e-2,
-    "warmup_steps": 500, "decay_steps": 0, "ratio_min": 0.1, "ratio_max": 20.0, "ema_decay": 0.9999,
-    "eval_every": 5_000, "eval_draws": 1, "save_every": 0, "save_every_seconds": 600.0,
-}  # fmt: skip
-RECIPES = {
-    "digits": {},
-    "smoke": {
-        "teacher_steps": 6, "warmup_steps": 2, "steps": 4, "batch_size": 8, "teacher_batch_size": 8, "fake_updates": 1,
-        "model_channels": 4, "channel_mult": (1,), "attn_resolutions": (), "sampler_steps": 3, "eval_draws": 1,
-        "eval_every": 2, "save_every": 2, "decay_steps": 4,
-    },
-    "mixture2d": {
-        "data": "mixture2d", "sigma_min": 0.05, "sigma_max": 0.5, "batch_size": 256, "warmup_steps": 500, "steps": 400,
-        "decay_steps": 0, "learning_rate": 1e-2, "gan_weight": 0.0, "ema_decay": 0.9,
-    },
-    "cifar10": {
-        **_PAPER, "data": "tfds:cifar10", "architecture": "ddpmpp", "model_channels": 128, "channel_mult": (2, 2, 2),
-        "num_blocks": 4, "attn_resolutions": (16,), "dropout": 0.13, "teacher_steps": 390_625,
-        "teacher_batch_size": 512, "teacher_learning_rate": 1e-3, "teacher_warmup_steps": 19_531,
-        "teacher_decay": False, "teacher_ema_halflife": 500_000.0, "teacher_ema_rampup": 0.05,
-        "batch_size": 2_048, "steps": 60_000, "learning_rate": 1e-4, "fake_learning_rate": 1e-4,
-        "head_learning_rate": 1e-4, "gan_weight": 1e-3, "r1_weight": 1.0, "feature_levels": (0, 1, 2),
-        "bins_decay": 0.0, "sampler_steps": 18,
-    },
-    "imagenet64": {
-        **_PAPER, "data": "tfds:imagenet_resized/64x64", "architecture": "adm", "model_channels": 192,
-        "channel_mult": (1, 2, 3, 4), "num_blocks": 3, "attn_resolutions": (32, 16, 8), "dropout": 0.10,
-        "teacher_steps": 610_352, "teacher_batch_size": 4_096, "teacher_learning_rate": 1e-4,
-        "teacher_warmup_steps": 2_441, "teacher_decay": False, "teacher_ema_halflife": 50e6, "teacher_ema_rampup": 0.05,
-        "batch_size": 512, "steps": 380_000, "learning_rate": 2e-6, "fake_learning_rate": 2e-6,
-        "head_learning_rate": 2e-6, "gan_weight": 3e-3, "feature_levels": (-1,), "bins_decay": 0.5,
-        "sampler_steps": 40, "remat": True, "eval_images": 10_000,
-    },
-}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:

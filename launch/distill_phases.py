@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optax
 
-from poise.fdistill import FDistillConfig, Optimizers, edm_teacher, f_distill, student_variables, teacher_variables
+from poise.fdistill import (
+    FDistillConfig,
+    Optimizers,
+    edm_teacher,
+    f_distill,
+    preset,
+    student_variables,
+    teacher_variables,
+)
 from poise.launch.data import Data, InMemory, Prefetched, Shuffled
 from poise.launch.drawing import Drawer, labels_in_turn, one_step_generate
 from poise.launch.image_sets import ArrayImages, ImageSet
@@ -67,20 +75,7 @@ def distill_phases(
     """
     net = build_network(network, config.remat)
     batches = functools.partial(_batches, images, judge.scale, config.seed)
-    settings = FDistillConfig(
-        divergence=config.divergence,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        fake_updates=config.fake_updates,
-        bins=config.bins,
-        bins_decay=config.bins_decay,
-        ratio_range=(config.ratio_min, config.ratio_max) if config.ratio_max else None,
-        gan_weight=config.gan_weight,
-        r1_weight=config.r1_weight,
-        guidance_scale=config.guidance_scale,
-        sigma_data=network.sigma_data,
-        ema_decays=(config.ema_decay,),
-    )
+    settings = settings_of(config, network.sigma_data)
     distillation = functools.partial(
         f_distill,
         net,
@@ -107,6 +102,26 @@ def distill_phases(
         evaluate_every=config.eval_every,
     )
     return (warmup, distill) if config.teacher else (_teacher_phase(config, network, net, batches), warmup, distill)
+
+
+def settings_of(config: "DistillConfig", sigma_data: float) -> FDistillConfig:
+    """The settings of the distillation: what the flags say, and the preset for what has no flag."""
+    base = FDistillConfig() if config.preset == "none" else preset(config.preset)
+    return dataclasses.replace(
+        base,
+        divergence=config.divergence,
+        sigma_min=config.sigma_min,
+        sigma_max=config.sigma_max,
+        fake_updates=config.fake_updates,
+        bins=config.bins,
+        bins_decay=config.bins_decay,
+        ratio_range=(config.ratio_min, config.ratio_max) if config.ratio_max else None,
+        gan_weight=config.gan_weight,
+        r1_weight=config.r1_weight,
+        guidance_scale=config.guidance_scale,
+        sigma_data=sigma_data,
+        ema_decays=(config.ema_decay,),
+    )
 
 
 def _batches(images: ImageSet, scale: PixelScale, seed: int, batch_size: int, cycle: int | None) -> Data:

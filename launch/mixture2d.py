@@ -16,7 +16,6 @@ import numpy as np
 import optax
 
 from poise.fdistill import (
-    FDistillConfig,
     GaussianMixture,
     Optimizers,
     Oracles,
@@ -26,6 +25,7 @@ from poise.fdistill import (
     student_variables,
 )
 from poise.launch.data import InMemory
+from poise.launch.distill_phases import settings_of
 from poise.launch.files import atomic_path
 from poise.launch.loop import fit
 from poise.launch.phase import Phase
@@ -74,19 +74,7 @@ def run_mixture2d(config: "DistillConfig", workdir: pathlib.Path) -> None:
 
 
 def _phases(config: "DistillConfig", net: Any, mixture: GaussianMixture, points: np.ndarray) -> tuple[Phase, Phase]:
-    settings = FDistillConfig(
-        divergence=config.divergence,
-        sigma_min=config.sigma_min,
-        sigma_max=config.sigma_max,
-        fake_updates=config.fake_updates,
-        bins=config.bins,
-        bins_decay=config.bins_decay,
-        ratio_range=None,
-        gan_weight=config.gan_weight,
-        r1_weight=config.r1_weight,
-        head_features="own",
-        ema_decays=(config.ema_decay,),
-    )
+    settings = dataclasses.replace(settings_of(config, net.sigma_data), head_features="own")
     rate: Any = config.learning_rate
     if config.decay_steps:
         rate = optax.cosine_decay_schedule(rate, config.decay_steps, alpha=0.1)
