@@ -41,8 +41,9 @@ def hl_gauss_probs(
     Example:
       >>> import jax.numpy as jnp
       >>> from poise.rl import bin_edges, hl_gauss_probs
-      >>> hl_gauss_probs(jnp.array(0.5), bin_edges(0.0, 1.0, 5), 0.15).round(3).tolist()
-      [0.022, 0.228, 0.499, 0.228, 0.022]
+      >>> probs = hl_gauss_probs(jnp.array(0.5), bin_edges(0.0, 1.0, 5), 0.15)
+      >>> [f"{p:.3f}" for p in probs]
+      ['0.022', '0.230', '0.495', '0.230', '0.022']
 
     References:
       Imani, White, Improving Regression Performance with Distributional Losses, https://arxiv.org/abs/1806.04613;

@@ -17,6 +17,20 @@ def _check_bounds(v_min: ArrayLike, v_max: ArrayLike) -> None:
         raise ValueError(f"v_min must be below v_max, got {v_min!r} and {v_max!r}")
 
 
+def _linspace(v_min: ArrayLike, v_max: ArrayLike, num: int, gaps_inside: int | None, dtype: Any) -> Array:
+    """Equally spaced points, rounded once where the bounds are known; the range may be widened by half a gap."""
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    low, high = concrete(v_min), concrete(v_max)
+    if low is not None and high is not None and low.ndim == high.ndim == 0:
+        xp, low, high = np, low.astype(np.float64), high.astype(np.float64)
+    else:
+        xp, low, high = jnp, jnp.asarray(v_min, dtype), jnp.asarray(v_max, dtype)
+    if gaps_inside is not None:
+        margin = (high - low) / (2 * gaps_inside)
+        low, high = low - margin, high + margin
+    return jnp.asarray(xp.linspace(low, high, num), dtype)
+
+
 def check_increasing(name: str, grid: Array) -> None:
     """Raises unless a grid has two or more points and, where it can be looked at, they increase."""
     if jnp.ndim(grid) != 1 or len(grid) < 2:
@@ -61,12 +75,7 @@ def bin_edges(
     """
     check_count("num_bins", num_bins, 2)
     _check_bounds(v_min, v_max)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    low, high = jnp.asarray(v_min, dtype), jnp.asarray(v_max, dtype)
-    if centred:
-        margin = (high - low) / (2 * (num_bins - 1))
-        low, high = low - margin, high + margin
-    return jnp.linspace(low, high, num_bins + 1, dtype=dtype)
+    return _linspace(v_min, v_max, num_bins + 1, (num_bins - 1) if centred else None, dtype)
 
 
 def bin_centers(edges: Float[Array, " edges"]) -> Float[Array, " bins"]:
@@ -117,5 +126,4 @@ def atoms(v_min: ArrayLike, v_max: ArrayLike, num_atoms: int, dtype: Any = None)
     """
     check_count("num_atoms", num_atoms, 2)
     _check_bounds(v_min, v_max)
-    dtype = jnp.result_type(float) if dtype is None else dtype
-    return jnp.linspace(jnp.asarray(v_min, dtype), jnp.asarray(v_max, dtype), num_atoms, dtype=dtype)
+    return _linspace(v_min, v_max, num_atoms, None, dtype)

@@ -68,8 +68,8 @@ def hl_gauss(
       >>> from poise.rl import hl_gauss
       >>> transform = hl_gauss(-10.0, 10.0)
       >>> logits = jnp.log(transform.encode(jnp.array([0.5, 3.0])))
-      >>> transform.decode(logits).round(3).tolist()
-      [0.5, 3.0]
+      >>> [f"{value:.3f}" for value in transform.decode(logits)]
+      ['0.500', '3.000']
 
     References:
       Farebrother et al., Stop Regressing, https://arxiv.org/abs/2403.03950.

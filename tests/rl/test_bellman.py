@@ -4,17 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from poise.rl import conservative_penalty, q_learning_target, sarsa_target
 
-quick = settings(max_examples=15, deadline=None)
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @quick
-@given(st.integers(0, 1000), st.integers(1, 4), st.integers(1, 4))
-def test_targets_by_hand(seed, batch, actions):
+@given(st.integers(0, 1000), st.sampled_from([(1, 1), (3, 4)]))
+def test_targets_by_hand(seed, shape):
+    batch, actions = shape
     rng = np.random.default_rng(seed)
     r, discount = rng.normal(size=batch).astype("f"), rng.uniform(0, 1, batch).astype("f")
     q, selector = rng.normal(size=(2, batch, actions)).astype("f")
@@ -50,19 +52,26 @@ def test_no_gradient_flows_through_a_target():
         assert not np.any(gradient)
 
 
+@jax.jit
+def penalty_and_gradient(q, action):
+    def total(q):
+        penalty = conservative_penalty(q, action)
+        return penalty.sum(), penalty
+
+    return jax.value_and_grad(total, has_aux=True)(q)
+
+
 @quick
 @given(st.integers(0, 1000), st.floats(0.01, 300))
 def test_conservative_penalty(seed, scale):
-    q = scale * jax.random.normal(jax.random.key(seed), (6, 4))
-    action = jnp.arange(6) % 4
-    penalty = conservative_penalty(q, action)
-    assert bool(jnp.all(penalty >= 0))
-    surprise = -jax.nn.log_softmax(q)[jnp.arange(6), action]
+    q = np.float32(scale * np.random.default_rng(seed).normal(size=(6, 4)))
+    action = np.arange(6) % 4
+    (_, penalty), gradient = penalty_and_gradient(q, action)
+    assert np.all(np.asarray(penalty) >= 0)
+    surprise = special.logsumexp(q, -1) - q[np.arange(6), action]
     np.testing.assert_allclose(penalty, surprise, rtol=1e-5, atol=1e-6 * max(1, scale))
-    gradient = jax.grad(lambda q: conservative_penalty(q, action).sum())(q)
-    np.testing.assert_allclose(
-        gradient, jax.nn.softmax(q) - jax.nn.one_hot(action, 4), rtol=0, atol=1e-6 * max(1, scale)
-    )
+    exact = special.softmax(np.float64(q), -1) - np.eye(4)[action]
+    np.testing.assert_allclose(gradient, exact, rtol=0, atol=1e-6 * max(1, scale))
 
 
 def test_conservative_penalty_vanishes_only_under_certainty():

@@ -6,22 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import special, stats
 
-from poise.rl import (
-    atoms,
-    bin_centers,
-    bin_edges,
-    categorical_projection,
-    expected_value,
-    hl_gauss_probs,
-    two_hot_probs,
+from poise import rl
+from poise.rl import atoms, bin_centers, bin_edges
+
+# Compiled, since every test calls them on many small arrays.
+hl_gauss_probs, two_hot_probs, categorical_projection = map(
+    jax.jit, (rl.hl_gauss_probs, rl.two_hot_probs, rl.categorical_projection)
 )
-
-quick = settings(max_examples=15, deadline=None)
-mean = functools.partial(expected_value, probs=True)
+quick = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+mean = jax.jit(functools.partial(rl.expected_value, probs=True))
 Z, EDGES = atoms(-2.0, 3.0, 11), bin_edges(-2.0, 3.0, 10)
 WIDTH = 0.5
 
@@ -36,17 +33,16 @@ def test_official_hl_gauss(golden_file):
     data = np.load(golden_file)
     for case in cases(data):
         part = {name.removeprefix(f"{case}_"): data[name] for name in data.files if name.startswith(f"{case}_")}
-        edges, sigma, span = jnp.asarray(part["support"]), part["sigma"], float(part["max"] - part["min"])
-        probs = hl_gauss_probs(jnp.asarray(part["target"]), edges, sigma)
+        edges, sigma, span = np.asarray(part["support"]), part["sigma"], float(part["max"] - part["min"])
+        probs = hl_gauss_probs(np.asarray(part["target"]), edges, sigma)
         np.testing.assert_allclose(probs, part["probs"], rtol=0, atol=5e-6)
-        np.testing.assert_allclose(mean(probs, bin_centers(edges)), part["decoded"], rtol=0, atol=3e-6 * span)
-        outside = hl_gauss_probs(jnp.asarray(part["oob_target"]), edges, sigma)
+        np.testing.assert_allclose(
+            mean(probs, bin_centers(jnp.asarray(edges))), part["decoded"], rtol=0, atol=3e-6 * span
+        )
+        outside = hl_gauss_probs(np.asarray(part["oob_target"]), edges, sigma)
         np.testing.assert_allclose(outside, part["oob_probs"], rtol=0, atol=5e-6)
-        wide = jnp.asarray(part["centred_edges"])
-        # The centred reference keeps the ratio of sigma to the bin's width.
-        ratio = sigma * part["num_bins"] / span
-        centred_sigma = ratio * (wide[-1] - wide[0]) / part["num_bins"]
-        centred = hl_gauss_probs(jnp.asarray(part["target"]), wide, centred_sigma)
+        wide = np.asarray(part["centred_edges"])
+        centred = hl_gauss_probs(np.asarray(part["target"]), wide, sigma)
         np.testing.assert_allclose(centred, part["centred_probs"], rtol=0, atol=5e-6)
 
 
@@ -56,37 +52,40 @@ def test_official_projections(golden_file):
     data = np.load(golden_file)
     for case in cases(data):
         part = {name.removeprefix(f"{case}_"): data[name] for name in data.files if name.startswith(f"{case}_")}
-        grid = jnp.asarray(part["atoms"])
-        next_probs = jax.nn.softmax(part["next_logits"], axis=-1)
+        grid = np.asarray(part["atoms"])
+        next_probs = special.softmax(part["next_logits"], axis=-1)
         q = mean(next_probs, grid)
         np.testing.assert_allclose(q, part["next_q"], rtol=0, atol=3e-6 * float(grid[-1] - grid[0]))
-        np.testing.assert_array_equal(jnp.argmax(q, -1), part["next_action"])
+        np.testing.assert_array_equal(np.argmax(q, -1), part["next_action"])
         chosen = next_probs[np.arange(len(q)), part["next_action"]]
         moved = part["reward"][:, None] + part["discount"][:, None] * grid
         ours = categorical_projection(moved, chosen, grid)
         np.testing.assert_allclose(ours, part["target_probs_rlax"], rtol=0, atol=5e-6)
         np.testing.assert_allclose(ours, part["target_probs_dopamine"], rtol=0, atol=5e-6)
         # The reference adds 1e-5 to its denominator.
-        pair = two_hot_probs(jnp.asarray(part["twohot_scalar"]), grid)
+        pair = two_hot_probs(np.asarray(part["twohot_scalar"]), grid)
         np.testing.assert_allclose(pair, part["twohot_probs_rlax"], rtol=0, atol=5e-5)
 
 
+@jax.jit
+def all_probs(y, sigma):
+    spread = jax.random.dirichlet(jax.random.key(0), jnp.ones(11), y.shape)
+    return hl_gauss_probs(y, EDGES, sigma), two_hot_probs(y, Z), categorical_projection(y[..., None] + Z, spread, Z)
+
+
+one_by_one = jax.jit(jax.vmap(all_probs, in_axes=(0, None)))
+
+
 @quick
-@given(st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=5), st.sampled_from([0.05, 0.375, 2.0]))
+@given(st.lists(st.floats(-50, 50, width=32), min_size=4, max_size=4), st.floats(0.05, 2.0))
 def test_probabilities_whatever_the_target(values, sigma):
-    y = jnp.array(values, jnp.float32)
-    spread = jax.random.dirichlet(jax.random.key(len(values)), jnp.ones(11), (len(values),))
-    for probs in (
-        hl_gauss_probs(y, EDGES, sigma),
-        two_hot_probs(y, Z),
-        categorical_projection(y[:, None] + Z, spread, Z),
-    ):
-        assert bool(jnp.all(probs >= 0))
-        np.testing.assert_allclose(probs.sum(-1), 1, rtol=0, atol=2e-6)
-    np.testing.assert_array_equal(
-        hl_gauss_probs(y, EDGES, sigma), jax.vmap(lambda v: hl_gauss_probs(v, EDGES, sigma))(y)
-    )
-    np.testing.assert_array_equal(two_hot_probs(y, Z), jax.vmap(lambda v: two_hot_probs(v, Z))(y))
+    y = np.array(values, np.float32)
+    batched, single = all_probs(y, sigma), one_by_one(y[:, None], sigma)
+    for probs in batched:
+        assert np.all(np.asarray(probs) >= 0)
+        np.testing.assert_allclose(np.sum(probs, -1), 1, rtol=0, atol=2e-6)
+    for probs, one in zip(batched[:2], single[:2], strict=True):  # the third draws by shape
+        np.testing.assert_allclose(probs, one[:, 0], rtol=0, atol=1e-7)
 
 
 def test_hl_gauss_is_a_truncated_normal():
@@ -99,11 +98,12 @@ def test_hl_gauss_is_a_truncated_normal():
     np.testing.assert_allclose(probs, expected, rtol=0, atol=1e-13)
 
 
-@pytest.mark.parametrize(("ratio", "tolerance"), [(0.75, 0.02), (0.5, 0.02), (0.25, 0.02)])
+@pytest.mark.parametrize(("ratio", "tolerance"), [(0.75, 0.02), (0.25, 0.02)])
 def test_mean_error_in_the_interior(ratio, tolerance):
     """At most (w/pi) exp(-2 pi^2 rho^2), and that much at the worst place."""
     with jax.enable_x64():
         edges = bin_edges(-20.0, 20.0, 80)
+        assert edges.dtype == jnp.float64
         y = jnp.linspace(-0.5, 0.5, 201)
         error = jnp.abs(mean(hl_gauss_probs(y, edges, ratio * WIDTH), bin_centers(edges)) - y).max() / WIDTH
     bound = np.exp(-2 * np.pi**2 * ratio**2) / np.pi
@@ -216,13 +216,13 @@ def test_transformations():
 @pytest.mark.parametrize("sigma", [0.0, -1.0, float("nan"), float("inf")])
 def test_sigma_must_be_positive(sigma):
     with pytest.raises(ValueError, match="sigma must lie in"):
-        hl_gauss_probs(jnp.zeros(2), EDGES, sigma)
+        rl.hl_gauss_probs(jnp.zeros(2), EDGES, sigma)
 
 
 def test_grids_must_increase():
     with pytest.raises(ValueError, match="edges must increase"):
-        hl_gauss_probs(jnp.zeros(2), EDGES[::-1], 0.1)
+        rl.hl_gauss_probs(jnp.zeros(2), EDGES[::-1], 0.1)
     with pytest.raises(ValueError, match="atoms must increase"):
-        two_hot_probs(jnp.zeros(2), jnp.zeros(3))
+        rl.two_hot_probs(jnp.zeros(2), jnp.zeros(3))
     with pytest.raises(ValueError, match="atoms must be a vector of 2 or more"):
-        categorical_projection(jnp.zeros(2), jnp.ones(2), jnp.zeros(1))
+        rl.categorical_projection(jnp.zeros(2), jnp.ones(2), jnp.zeros(1))

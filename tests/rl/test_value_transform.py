@@ -143,8 +143,8 @@ def test_a_flax_regressor_learns_through_a_transform():
 
 def test_float64_stays():
     with jax.enable_x64():
-        for make in MAKERS.values():
-            transform, y = make(), jnp.array([0.1, 1.0])
+        for name in ("hl_gauss", "two_hot", "scalar"):
+            transform, y = MAKERS[name](), jnp.array([0.1, 1.0])
             assert transform.encode(y).dtype == jnp.float64
             assert transform.decode(outputs_of(transform, y)).dtype == jnp.float64
             assert transform.encode(y.astype(jnp.float32)).dtype == jnp.float32
