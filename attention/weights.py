@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Float
 
 from poise.core.arguments import check_count, check_range, concrete
 from poise.core.arrays import at_least_float32
@@ -20,7 +20,7 @@ def power_of(x: Array, power: ArrayLike) -> Array:
 
 
 def lssa_weights(
-    scores: Float[Array, "*batch queries keys"], mask: Bool[Array, "..."] | None = None
+    scores: Float[Array, "*batch queries keys"], mask: ArrayLike | None = None
 ) -> Float[Array, "*batch queries keys"]:
     r"""Softplus attention: $a_{ij} = M_{ij}\,\mathrm{softplus}(s_{ij}) / \sum_k M_{ik}\,\mathrm{softplus}(s_{ik})$.
 
@@ -54,11 +54,11 @@ def lssa_weights(
 
 def reweight_attention(
     weights: Float[Array, "*batch queries keys"],
-    mask: Bool[Array, "..."] | None = None,
+    mask: ArrayLike | None = None,
     *,
     power: ArrayLike = 15.0,
     offset_min_keys: int = 4,
-    num_keys: Int[Array, "..."] | None = None,
+    num_keys: ArrayLike | None = None,
 ) -> Float[Array, "*batch queries keys"]:
     r"""Sharpens each row: keeps the keys above the row's mean and raises what is above it to a power.
 
