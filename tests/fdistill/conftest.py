@@ -27,6 +27,15 @@ def known_options():
     return options
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation():
+    """The many small programs of these tests are compiled without much optimization."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def quick_jit():
     """`jax.jit` that spends a fifth of the time on optimizing: these programs run once or twice."""

@@ -208,9 +208,9 @@ def assert_close(expected, other):
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"bins": "linear", "gan_same_noise": True, "weight_eps": 1e-6, "r1_weight": 1.0, "r1_image": "clean"},
-        {"bins": "none", "head_features": "fake", "regression_weight": 0.5},
+        pytest.param({"bins": "none", "head_features": "fake", "regression_weight": 0.5}, marks=pytest.mark.slow),
         {**JOINT, "gan_own_noise": True, "critics_on_student_step": True, "matching_eps": 0.0, "fake_updates": 2},
     ],
     ids=["default", "fastgen", "regression", "dmd2"],
@@ -231,6 +231,7 @@ def test_eight_devices_give_the_numbers_of_one(changes, started, quick_jit):
     assert_close(expected, quick_jit(shard)(replicated, sharded, key))
 
 
+@pytest.mark.slow
 def test_pmap_gives_the_numbers_of_one_device(started, quick_jit):
     optimizers, state = with_sgd(started[0])
     batch, key = make_batch(16, seed=4), jax.random.key(8)
