@@ -23,6 +23,7 @@ from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning
 from poise.nets.ratio_head import RatioHead
 from poise.nets.resampling import ResampleConv, downsample, upsample
 from poise.nets.song_unet import SongUNet
+from poise.nets.sparse_token_mask import SparseTokenMask
 from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
 
 __all__ = [
@@ -43,6 +44,7 @@ __all__ = [
     "RatioHead",
     "ResampleConv",
     "SongUNet",
+    "SparseTokenMask",
     "UNetBlock",
     "ValueMLP",
     "adm",

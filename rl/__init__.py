@@ -1,27 +1,65 @@
 """Value learning by classification, agents that train on the device, reward comparison, preference optimization."""
 
 from poise.rl.bellman import conservative_penalty, q_learning_target, sarsa_target
+from poise.rl.preference_losses import dpo_loss, ipo_loss, simpo_loss, tdpo_loss
+from poise.rl.ranking_accuracy import (
+    alignment_gap,
+    attenuated_dpo_loss,
+    correctly_ranked,
+    flip_difficulty,
+    flip_loss_threshold,
+    idealized_log_ratio,
+    idealized_ranking_accuracy,
+    ranking_accuracy,
+    ranking_transitions,
+    reward_accuracy,
+    whole_ranking_accuracy,
+)
+from poise.rl.sparse_po import mapo_mask, mask_sparsity, preference_metrics, sparse_po_loss
 from poise.rl.target_probs import categorical_projection, hl_gauss_probs, two_hot_probs
+from poise.rl.token_logprobs import sequence_logprob, token_forward_kl, token_logprobs
 from poise.rl.value_grids import atoms, bin_centers, bin_edges
 from poise.rl.value_loss import categorical_td_loss, expected_value
 from poise.rl.value_transform import ValueTransform, c51, hl_gauss, scalar, softmax_scalar, two_hot
 
 __all__ = [
     "ValueTransform",
+    "alignment_gap",
     "atoms",
+    "attenuated_dpo_loss",
     "bin_centers",
     "bin_edges",
     "c51",
     "categorical_projection",
     "categorical_td_loss",
     "conservative_penalty",
+    "correctly_ranked",
+    "dpo_loss",
     "expected_value",
+    "flip_difficulty",
+    "flip_loss_threshold",
     "hl_gauss",
     "hl_gauss_probs",
+    "idealized_log_ratio",
+    "idealized_ranking_accuracy",
+    "ipo_loss",
+    "mapo_mask",
+    "mask_sparsity",
+    "preference_metrics",
     "q_learning_target",
+    "ranking_accuracy",
+    "ranking_transitions",
+    "reward_accuracy",
     "sarsa_target",
     "scalar",
+    "sequence_logprob",
+    "simpo_loss",
     "softmax_scalar",
+    "sparse_po_loss",
+    "tdpo_loss",
+    "token_forward_kl",
+    "token_logprobs",
     "two_hot",
     "two_hot_probs",
+    "whole_ranking_accuracy",
 ]
