@@ -150,7 +150,8 @@ def test_rewards_are_right_long_before_rankings():
     gaps = []
     for seed in range(3):
         rng = np.random.default_rng(seed)
-        features = jnp.asarray(rng.normal(size=(1000, 50)), jnp.float32)
+        features = rng.normal(size=(1000, 50))  # chosen minus rejected; turned so that a hidden direction prefers it
+        features = jnp.asarray(features * np.sign(features @ rng.normal(size=(50, 1))), jnp.float32)
         difficulty = jnp.asarray(rng.normal(3, 20, 1000), jnp.float32)
         zero = jnp.zeros(1000)
 
