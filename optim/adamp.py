@@ -39,6 +39,7 @@ def scale_by_adamp(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    *,
     weight_decay: ArrayLike | optax.Schedule = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     delta: ArrayLike = 0.1,
@@ -156,6 +157,7 @@ def adamp(
     b1: ArrayLike = 0.9,
     b2: ArrayLike = 0.999,
     eps: ArrayLike = 1e-8,
+    *,
     weight_decay: ArrayLike | optax.Schedule = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     delta: ArrayLike = 0.1,
@@ -205,10 +207,21 @@ def adamp(
       Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights, ICLR 2021,
       https://arxiv.org/abs/2006.08217.
     """
-    check_range("learning_rate", learning_rate)
+    check_range("learning_rate", learning_rate, 0.0)
     return optax.with_extra_args_support(
         optax.chain(
-            scale_by_adamp(b1, b2, eps, weight_decay, mask, delta, wd_ratio, nesterov, channel_axes, mu_dtype),
+            scale_by_adamp(
+                b1,
+                b2,
+                eps,
+                weight_decay=weight_decay,
+                mask=mask,
+                delta=delta,
+                wd_ratio=wd_ratio,
+                nesterov=nesterov,
+                channel_axes=channel_axes,
+                mu_dtype=mu_dtype,
+            ),
             optax.scale_by_learning_rate(cast(Any, learning_rate)),
         )
     )

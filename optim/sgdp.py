@@ -34,6 +34,7 @@ class _Leaf(NamedTuple):
 def scale_by_sgdp(
     momentum: ArrayLike = 0.0,
     dampening: ArrayLike = 0.0,
+    *,
     weight_decay: ArrayLike | optax.Schedule = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     nesterov: bool = False,
@@ -138,6 +139,7 @@ def sgdp(
     learning_rate: ArrayLike | optax.Schedule,
     momentum: ArrayLike = 0.0,
     dampening: ArrayLike = 0.0,
+    *,
     weight_decay: ArrayLike | optax.Schedule = 0.0,
     mask: Any | Callable[[Any], Any] | None = None,
     nesterov: bool = False,
@@ -189,21 +191,21 @@ def sgdp(
       Heo et al., AdamP: Slowing Down the Slowdown for Momentum Optimizers on Scale-invariant Weights, ICLR 2021,
       https://arxiv.org/abs/2006.08217.
     """
-    check_range("learning_rate", learning_rate)
+    check_range("learning_rate", learning_rate, 0.0)
     return optax.with_extra_args_support(
         optax.chain(
             scale_by_sgdp(
                 momentum,
                 dampening,
-                weight_decay,
-                mask,
-                nesterov,
-                eps,
-                delta,
-                wd_ratio,
-                channel_axes,
-                project_momentum,
-                accumulator_dtype,
+                weight_decay=weight_decay,
+                mask=mask,
+                nesterov=nesterov,
+                eps=eps,
+                delta=delta,
+                wd_ratio=wd_ratio,
+                channel_axes=channel_axes,
+                project_momentum=project_momentum,
+                accumulator_dtype=accumulator_dtype,
             ),
             optax.scale_by_learning_rate(cast(Any, learning_rate)),
         )

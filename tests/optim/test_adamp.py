@@ -193,6 +193,8 @@ def test_bad_input(options, error, message):
     for make in (scale_by_adamp, lambda **kw: adamp(1e-3, **kw)):
         with pytest.raises(error, match=message):
             make(**options)
+    with pytest.raises(ValueError, match="learning_rate must"):
+        adamp(-1e-3)
 
 
 def test_parameters_are_needed():

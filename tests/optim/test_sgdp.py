@@ -226,6 +226,8 @@ def test_bad_input(options, message):
     for make in (scale_by_sgdp, lambda **kw: sgdp(1e-3, **kw)):
         with pytest.raises(ValueError, match=message):
             make(**options)
+    with pytest.raises(ValueError, match="learning_rate must"):
+        sgdp(-0.1)
 
 
 def test_parameters_are_needed():
