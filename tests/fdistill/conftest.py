@@ -30,7 +30,7 @@ def known_options():
 @pytest.fixture(autouse=True, scope="module")
 def quick_compilation():
     """The many small programs of these tests are compiled without much optimization."""
-    before = jax.config.jax_disable_most_optimizations
+    before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)

@@ -96,6 +96,8 @@ def started(quick_jit):
     for i in range(3):
         state, _ = step(state, make_batch(seed=i), step_key(0, 1, i))
     after, metrics = step(state, make_batch(seed=9), step_key(0, 1, 3))
+    again, same = step(state, make_batch(seed=9), step_key(0, 1, 3))
+    assert largest_difference((after, metrics), (again, same)) == 0
     return state, after, metrics
 
 
@@ -168,19 +170,12 @@ def test_reverse_kl_has_weight_one_and_needs_no_head(stepped, started):
 
 def test_divergences_differ_only_in_the_weight(stepped):
     """At the first step the heads' logits are equal for all divergences, but the students' gradients are not."""
-    results = [stepped(divergence=name) for name in ("reverse_kl", "jensen_shannon", "forward_kl")]
+    results = [stepped(divergence="reverse_kl"), stepped(), stepped(divergence="forward_kl")]
     assert largest_difference(results[0][0].bins, results[2][0].bins) < 1e-5
     assert largest_difference(results[0][0].student, results[2][0].student) > 1e-5
     sizes = [float(metrics["effective_sample_size"]) for _, metrics in results]
     assert sizes[0] == pytest.approx(8.0, abs=1e-5)
     assert sizes[0] > sizes[1] > sizes[2] >= 1
-
-
-def test_steps_are_pure_functions_of_state_batch_and_key(started, quick_jit):
-    state, after, metrics = started
-    again, metrics_again = quick_jit(make().step)(state, make_batch(seed=9), step_key(0, 1, 3))
-    assert largest_difference(after, again) == 0
-    assert all(metrics[name] == metrics_again[name] for name in metrics)
 
 
 JOINT = {"head_features": "fake", "train_features": True}
@@ -209,7 +204,10 @@ def assert_close(expected, other):
     "changes",
     [
         pytest.param({}, marks=pytest.mark.slow),
-        {"bins": "linear", "gan_same_noise": True, "weight_eps": 1e-6, "r1_weight": 1.0, "r1_image": "clean"},
+        pytest.param(
+            {"bins": "linear", "gan_same_noise": True, "weight_eps": 1e-6, "r1_weight": 1.0, "r1_image": "clean"},
+            marks=pytest.mark.slow,
+        ),
         pytest.param({"bins": "none", "head_features": "fake", "regression_weight": 0.5}, marks=pytest.mark.slow),
         {**JOINT, "gan_own_noise": True, "critics_on_student_step": True, "matching_eps": 0.0, "fake_updates": 2},
     ],
@@ -248,14 +246,6 @@ def test_bfloat16_network_with_float32_weights(quick_jit):
     after, metrics = quick_jit(algorithm.step)(state, make_batch(), jax.random.key(1))
     assert all(leaf.dtype in (jnp.float32, jnp.int32) for leaf in jax.tree.leaves(after))
     assert all(np.isfinite(value) for value in metrics.values())
-
-
-def test_guidance_and_r1_change_the_losses_that_they_belong_to(stepped):
-    _, metrics = stepped()
-    _, changed = stepped(guidance_scale=2.0, r1_weight=100.0)
-    assert changed["matching_norm"] != metrics["matching_norm"]
-    assert changed["generator_loss"] == pytest.approx(float(metrics["generator_loss"]), rel=1e-5)
-    assert changed["discriminator_loss"] > metrics["discriminator_loss"]
 
 
 class Block(nn.Module):
@@ -302,28 +292,27 @@ def test_a_head_may_look_at_the_image_and_the_teacher_needs_no_features(quick_ji
     assert np.isfinite(metrics["effective_sample_size"])
 
 
-def test_regression_pulls_towards_the_targets(quick_jit, started):
-    """With nothing else it is plain regression, by whatever distance."""
+def test_regression_by_any_distance(quick_jit, started):
+    """With nothing else it is plain regression towards the targets."""
     config = dataclasses.replace(BASE, divergence="reverse_kl", gan_weight=0.0, regression_weight=1e4)
     _, state = with_sgd(started[0])
-    sgd = Optimizers(optax.sgd(1e-5), optax.sgd(0.1), optax.sgd(0.1))
     pairs = make_pairs()
-
-    def loss(params, power):
-        x = one_step(NET, {"params": params}, pairs["latents"][0], pairs["target_label"][0])
-        return jnp.mean(jnp.abs(x - pairs["target"][0]) ** power)
 
     def absolute(x, y):
         return jnp.abs(x - y).mean(axis=(1, 2, 3))
 
-    for power, distance in ((2, None), (1, absolute)):
-        step = quick_jit(make(config, sgd, distance=distance).step)
-        after, metrics = step(state, {**make_batch(), **pairs}, jax.random.key(2))
-        value, grads = jax.value_and_grad(loss)(state.student, power)
-        assert metrics["regression_loss"] == pytest.approx(float(value), rel=1e-4)
-        moved = jax.tree.map(lambda new, old: (old - new) / (1e-5 * 1e4), after.student, state.student)
-        for got, wanted in zip(jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True):
-            np.testing.assert_allclose(got, wanted, atol=0.03 * float(jnp.abs(wanted).max()) + 1e-4)
+    def loss(params):
+        x = one_step(NET, {"params": params}, pairs["latents"][0], pairs["target_label"][0])
+        return absolute(x, pairs["target"][0]).mean()
+
+    sgd = Optimizers(optax.sgd(1e-5), optax.sgd(0.1), optax.sgd(0.1))
+    step = quick_jit(make(config, sgd, distance=absolute).step)
+    after, metrics = step(state, {**make_batch(), **pairs}, jax.random.key(2))
+    value, grads = quick_jit(jax.value_and_grad(loss))(state.student)
+    assert metrics["regression_loss"] == pytest.approx(float(value), rel=1e-4)
+    moved = jax.tree.map(lambda new, old: (old - new) / (1e-5 * 1e4), after.student, state.student)
+    for got, wanted in zip(jax.tree.leaves(moved), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(got, wanted, atol=0.03 * float(jnp.abs(wanted).max()) + 1e-4)
 
 
 def test_bad_batches_and_arguments(started):
@@ -347,17 +336,19 @@ def test_bad_batches_and_arguments(started):
 def test_bad_pairs(started):
     state, *_ = started
     config = dataclasses.replace(BASE, regression_weight=1.0)
-    step, batch, pairs = make(config).step, make_batch(), make_pairs()
+    batch, pairs = make_batch(), make_pairs()
+
+    def trace(batch, **kwargs):
+        jax.eval_shape(make(config, **kwargs).step, state, batch, jax.random.key(0))
+
     with pytest.raises(ValueError, match="'latents' and 'target'"):
-        step(state, batch, jax.random.key(0))
-    without = {name: pairs[name] for name in ("latents", "target")}
+        trace(batch)
     with pytest.raises(ValueError, match="'target_label' if and only if"):
-        step(state, {**batch, **without}, jax.random.key(0))
+        trace({**batch, **{name: pairs[name] for name in ("latents", "target")}})
     with pytest.raises(ValueError, match="latents and target must have one shape"):
-        step(state, {**batch, **pairs, "target": pairs["target"][0]}, jax.random.key(0))
-    bad = make(config, distance=lambda x, y: jnp.mean((x - y) ** 2))
+        trace({**batch, **pairs, "target": pairs["target"][0]})
     with pytest.raises(ValueError, match="distance must return one number per example"):
-        bad.step(state, {**batch, **pairs}, jax.random.key(0))
+        trace({**batch, **pairs}, distance=lambda x, y: jnp.mean((x - y) ** 2))
 
 
 def test_labels_and_guidance_must_fit_the_network(started):
@@ -419,14 +410,11 @@ def test_teacher_on_eight_devices_gives_the_numbers_of_one(quick_jit):
     state = plain.init(jax.random.key(0), batch)
     expected, metrics = quick_jit(plain.step)(state, batch, jax.random.key(1))
     mapped = edm_teacher(NET, optax.sgd(0.1), axis_name="data")
-    split = jax.tree.map(lambda x: x.reshape(8, 2, *x.shape[1:]), batch)
-    got, got_metrics = jax.pmap(mapped.step, axis_name="data", in_axes=(None, 0, None))(state, split, jax.random.key(1))
-    got, got_metrics = jax.tree.map(lambda x: x[0], (got, got_metrics))
     shard = jax.shard_map(mapped.step, mesh=MESH, in_specs=(P(), P("data"), P()), out_specs=(P(), P()))
-    for other, other_metrics in ((got, got_metrics), quick_jit(shard)(state, batch, jax.random.key(1))):
-        assert largest_difference(jax.device_get(expected), jax.device_get(other)) < 1e-5
-        for name in metrics:
-            np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-5, err_msg=name)
+    other, other_metrics = quick_jit(shard)(state, batch, jax.random.key(1))
+    assert largest_difference(jax.device_get(expected), jax.device_get(other)) < 1e-5
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name], other_metrics[name], rtol=1e-5, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["sigma_data", "p_std", "ema_halflife"])

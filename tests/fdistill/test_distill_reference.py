@@ -49,7 +49,7 @@ BASE = FDistillConfig(
     discriminator_weight=0.8,
     ema_decays=(0.9, 0.5),
 )
-WEIGHTS = {"reverse_kl": jnp.ones_like, "forward_kl": lambda r: r, "jensen_shannon": lambda r: r / (r + 1)}
+WEIGHTS = {"forward_kl": lambda r: r, "jensen_shannon": lambda r: r / (r + 1)}
 
 
 def head_of(config):
@@ -198,7 +198,6 @@ def plain_step(config, state, batch, key):
 
 
 CASES = {
-    "reverse_kl": {"divergence": "reverse_kl"},
     "fastgen": {
         "divergence": "forward_kl",
         "bins": "linear",
