@@ -45,10 +45,10 @@ class SparseTokenMask(nn.Module):
     """
 
     num_layers: int
-    dropout: float = 0.01
-    epsilon: float = 1e-5
-    bias_init: float = 0.5
-    mixer_init: float = 0.5
+    dropout: float | int = 0.01
+    epsilon: float | int = 1e-5
+    bias_init: float | int = 0.5
+    mixer_init: float | int = 0.5
     dtype: Any = None
 
     @nn.compact

@@ -1,6 +1,24 @@
 """Value learning by classification, agents that train on the device, reward comparison, preference optimization."""
 
 from poise.rl.bellman import conservative_penalty, q_learning_target, sarsa_target
+from poise.rl.canonicalization import (
+    canonicalize_dard,
+    canonicalize_epic,
+    canonicalize_minimal,
+    canonicalize_minimal_potential,
+    canonicalize_val,
+    canonicalize_value_potential,
+)
+from poise.rl.mdp import (
+    MDP,
+    normalized_regret,
+    optimal_policy,
+    policy_return,
+    policy_value,
+    potential_shaping,
+    random_mdp,
+    random_reward,
+)
 from poise.rl.preference_losses import dpo_loss, ipo_loss, simpo_loss, tdpo_loss
 from poise.rl.ranking_accuracy import (
     alignment_gap,
@@ -16,6 +34,7 @@ from poise.rl.ranking_accuracy import (
     whole_ranking_accuracy,
 )
 from poise.rl.sparse_po import mapo_mask, mask_sparsity, preference_metrics, sparse_po_loss
+from poise.rl.starc import epic_distance, reward_norm, standardize, starc_distance
 from poise.rl.target_probs import categorical_projection, hl_gauss_probs, two_hot_probs
 from poise.rl.token_logprobs import sequence_logprob, token_forward_kl, token_logprobs
 from poise.rl.value_grids import atoms, bin_centers, bin_edges
@@ -23,6 +42,7 @@ from poise.rl.value_loss import categorical_td_loss, expected_value
 from poise.rl.value_transform import ValueTransform, c51, hl_gauss, scalar, softmax_scalar, two_hot
 
 __all__ = [
+    "MDP",
     "ValueTransform",
     "alignment_gap",
     "atoms",
@@ -30,11 +50,18 @@ __all__ = [
     "bin_centers",
     "bin_edges",
     "c51",
+    "canonicalize_dard",
+    "canonicalize_epic",
+    "canonicalize_minimal",
+    "canonicalize_minimal_potential",
+    "canonicalize_val",
+    "canonicalize_value_potential",
     "categorical_projection",
     "categorical_td_loss",
     "conservative_penalty",
     "correctly_ranked",
     "dpo_loss",
+    "epic_distance",
     "expected_value",
     "flip_difficulty",
     "flip_loss_threshold",
@@ -45,17 +72,27 @@ __all__ = [
     "ipo_loss",
     "mapo_mask",
     "mask_sparsity",
+    "normalized_regret",
+    "optimal_policy",
+    "policy_return",
+    "policy_value",
+    "potential_shaping",
     "preference_metrics",
     "q_learning_target",
+    "random_mdp",
+    "random_reward",
     "ranking_accuracy",
     "ranking_transitions",
     "reward_accuracy",
+    "reward_norm",
     "sarsa_target",
     "scalar",
     "sequence_logprob",
     "simpo_loss",
     "softmax_scalar",
     "sparse_po_loss",
+    "standardize",
+    "starc_distance",
     "tdpo_loss",
     "token_forward_kl",
     "token_logprobs",
