@@ -121,7 +121,8 @@ def _update(networks: Networks, state: FDistillState, step: PyTree) -> tuple[FDi
         grads = mean_over(axis_name, grads)
         updates, fake_opt = optimizers.fake.update(grads, state.fake_opt, params)
         metrics |= {f"{name}_grad_norm": optax.tree.norm(grads[name]) for name in params}
-        return state._replace(**optax.apply_updates(params, updates), fake_opt=fake_opt), metrics
+        moved: PyTree = optax.apply_updates(params, updates)
+        return state._replace(fake=moved["fake"], head=moved["head"], fake_opt=fake_opt), metrics
 
     new, metrics = state, {}
     if networks.learns_fake:

@@ -123,10 +123,8 @@ def _weight(networks: Networks, logits: Array, sigma: Array, bins: RatioBins) ->
 
 def _regression_loss(networks: Networks, state: FDistillState, params, batch: Batch) -> Array:
     """The mean distance between the student's images and the teacher's from the same latents."""
-    latents, target, label = (
-        None if leaf is None else leaf[0] for leaf in (batch["latents"], batch["target"], batch.get("target_label"))
-    )
-    x = networks.generate(state, params, latents, label)
+    latents, target, label = batch["latents"][0], batch["target"][0], batch.get("target_label")
+    x = networks.generate(state, params, latents, None if label is None else label[0])
     if networks.distance is None:
         return jnp.mean((x - target) ** 2)
     distance = networks.distance(x, target)

@@ -45,7 +45,7 @@ class MLP(nn.Module):
       >>> from poise.nets import MLP, EDMPrecond
       >>> denoiser, x, sigma = EDMPrecond(MLP((16, 16))), jnp.ones((3, 2)), jnp.array([0.1, 1.0, 80.0])
       >>> variables = denoiser.init(jax.random.key(0), x, sigma)
-      >>> denoiser.apply(variables, x, sigma)[:, 0].round(3).tolist()  # a fresh one: x / (1 + (sigma / 0.5)^2)
+      >>> [round(float(d), 3) for d in denoiser.apply(variables, x, sigma)[:, 0]]  # a fresh one: x / (1 + 4 sigma^2)
       [0.962, 0.2, 0.0]
     """
 
