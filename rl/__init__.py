@@ -9,6 +9,18 @@ from poise.rl.canonicalization import (
     canonicalize_val,
     canonicalize_value_potential,
 )
+from poise.rl.cql import CQLConfig, cql
+from poise.rl.dqn import DQNConfig, DQNState, dqn, epsilon_greedy, replay_dataset
+from poise.rl.environment import (
+    Environment,
+    EnvStep,
+    catch,
+    from_gymnax,
+    reward_noise,
+    step_or_reset,
+    sticky_actions,
+    time_limit,
+)
 from poise.rl.mdp import (
     MDP,
     normalized_regret,
@@ -19,6 +31,7 @@ from poise.rl.mdp import (
     random_mdp,
     random_reward,
 )
+from poise.rl.n_step import StepRecord, Transition, n_step_transition
 from poise.rl.preference_losses import dpo_loss, ipo_loss, simpo_loss, tdpo_loss
 from poise.rl.ranking_accuracy import (
     alignment_gap,
@@ -33,9 +46,12 @@ from poise.rl.ranking_accuracy import (
     reward_accuracy,
     whole_ranking_accuracy,
 )
+from poise.rl.replay import ReplayState, replay_add, replay_init, replay_sample
+from poise.rl.rollout import Rollout, over_seeds, rollout
 from poise.rl.sparse_po import mapo_mask, mask_sparsity, preference_metrics, sparse_po_loss
 from poise.rl.starc import epic_distance, reward_norm, standardize, starc_distance
 from poise.rl.target_probs import categorical_projection, hl_gauss_probs, two_hot_probs
+from poise.rl.td_learner import LearnerState
 from poise.rl.token_logprobs import sequence_logprob, token_forward_kl, token_logprobs
 from poise.rl.value_grids import atoms, bin_centers, bin_edges
 from poise.rl.value_loss import categorical_td_loss, expected_value
@@ -43,6 +59,16 @@ from poise.rl.value_transform import ValueTransform, c51, hl_gauss, scalar, soft
 
 __all__ = [
     "MDP",
+    "CQLConfig",
+    "DQNConfig",
+    "DQNState",
+    "EnvStep",
+    "Environment",
+    "LearnerState",
+    "ReplayState",
+    "Rollout",
+    "StepRecord",
+    "Transition",
     "ValueTransform",
     "alignment_gap",
     "atoms",
@@ -56,15 +82,20 @@ __all__ = [
     "canonicalize_minimal_potential",
     "canonicalize_val",
     "canonicalize_value_potential",
+    "catch",
     "categorical_projection",
     "categorical_td_loss",
     "conservative_penalty",
     "correctly_ranked",
+    "cql",
     "dpo_loss",
+    "dqn",
     "epic_distance",
+    "epsilon_greedy",
     "expected_value",
     "flip_difficulty",
     "flip_loss_threshold",
+    "from_gymnax",
     "hl_gauss",
     "hl_gauss_probs",
     "idealized_log_ratio",
@@ -72,8 +103,10 @@ __all__ = [
     "ipo_loss",
     "mapo_mask",
     "mask_sparsity",
+    "n_step_transition",
     "normalized_regret",
     "optimal_policy",
+    "over_seeds",
     "policy_return",
     "policy_value",
     "potential_shaping",
@@ -83,8 +116,14 @@ __all__ = [
     "random_reward",
     "ranking_accuracy",
     "ranking_transitions",
+    "replay_add",
+    "replay_dataset",
+    "replay_init",
+    "replay_sample",
     "reward_accuracy",
+    "reward_noise",
     "reward_norm",
+    "rollout",
     "sarsa_target",
     "scalar",
     "sequence_logprob",
@@ -93,7 +132,10 @@ __all__ = [
     "sparse_po_loss",
     "standardize",
     "starc_distance",
+    "step_or_reset",
+    "sticky_actions",
     "tdpo_loss",
+    "time_limit",
     "token_forward_kl",
     "token_logprobs",
     "two_hot",
