@@ -10,10 +10,12 @@ from poise.attention.blocks import Plan
 from poise.attention.chunked import chunked_softplus
 from poise.attention.dense import dense_softplus
 from poise.attention.inputs import prepare, ungroup
+from poise.attention.pallas_softplus import BLOCKS as PALLAS_BLOCKS
+from poise.attention.pallas_softplus import pallas_softplus
 from poise.attention.visibility import Extent
 from poise.core.arguments import check_choice, check_count, check_range, is_concrete
 
-IMPLEMENTATIONS = ("xla", "xla_chunked")
+IMPLEMENTATIONS = ("xla", "xla_chunked", "pallas", "pallas_interpret")
 DENSE_SCORES = 2**20  # by default, score matrices of up to this size per head are held in memory
 BLOCKS = (256, 512)
 
@@ -72,9 +74,11 @@ def softplus_attention(
       bias: added to the scores, broadcasts like the mask; needs ``qk_norm=False``, since it takes the scores out of
         the range in which normalization keeps them.
       implementation: ``"xla"`` holds the score matrix; ``"xla_chunked"`` needs memory linear in the lengths, also
-        backward; None takes the first up to 1024 by 1024 scores. Forward-mode and second derivatives need ``"xla"``.
+        backward; ``"pallas"`` is the same as kernels for a GPU or TPU, without ``mask`` and ``bias``, and
+        ``"pallas_interpret"`` interprets these anywhere. None takes the first up to 1024 by 1024 scores, then the
+        second. Forward-mode and second derivatives need ``"xla"``.
       return_residual: whether to return the row statistics, too, without gradients.
-      block_size: rows and columns at a time, or one number for both; for ``"xla_chunked"`` only.
+      block_size: rows and columns at a time, or one number for both; not for ``"xla"``.
 
     Returns:
       ``[batch, queries, heads, value_width]`` in the dtype of the query; sums are at least float32. With
@@ -83,7 +87,7 @@ def softplus_attention(
 
     Raises:
       ValueError: if shapes don't fit, ``power`` is below 1, the width is below 2 with the length scale, ``bias`` comes
-        with ``qk_norm``, or the implementation is unknown or doesn't know an argument.
+        with ``qk_norm``, or the implementation is unknown, not available here, or doesn't know an argument.
       TypeError: if the mask is not boolean, or an argument has the wrong type.
 
     Example:
@@ -120,8 +124,13 @@ def softplus_attention(
     if implementation == "xla":
         out, statistics = dense_softplus(rows, extent, power, offset_min_keys, return_residual)
     else:
-        blocks = check_blocks(block_size, extent.num_queries, extent.num_keys)
-        out, statistics = chunked_softplus(rows, Plan(extent, power, offset_min_keys, *blocks))
+        kernels = implementation.startswith("pallas")
+        sizes = PALLAS_BLOCKS if kernels and block_size is None else block_size
+        plan = Plan(extent, power, offset_min_keys, *check_blocks(sizes, extent.num_queries, extent.num_keys))
+        if kernels:
+            out, statistics = pallas_softplus(rows, plan, interpret=implementation == "pallas_interpret")
+        else:
+            out, statistics = chunked_softplus(rows, plan)
     return finish(out, statistics, rows.broken, jnp.asarray(query), return_residual)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from poise.attention import dot_product_attention, reweight_attention, softplus_attention
 
-IMPLEMENTATIONS = {"xla": {}, "xla_chunked": {"block_size": (5, 7)}}
+IMPLEMENTATIONS = {"xla": {}, "xla_chunked": {"block_size": (5, 7)}, "pallas_interpret": {"block_size": (5, 7)}}
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
