@@ -209,7 +209,7 @@ def _key_kernel(kernel: _Kernel, *refs: Any) -> None:
 
 
 class _Operands(NamedTuple):
-    """As :class:`poise.attention.inputs.Rows`, with labels ``[B, 1, T]`` and ``[B, 1, S]``: equal ones see each other."""
+    """As :class:`poise.attention.inputs.Rows`, with labels ``[B, 1, T]``, ``[B, 1, S]``: equal ones see each other."""
 
     query: Array
     key: Array

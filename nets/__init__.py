@@ -15,6 +15,17 @@ from poise.nets.edm import (
 from poise.nets.edm_checkpoints import EDM_CHECKPOINTS
 from poise.nets.edm_state_dict import from_state_dict, infer_config, state_dict_shapes, to_state_dict
 from poise.nets.embeddings import FourierEmbedding, PositionalEmbedding, positional_embedding
+from poise.nets.evonorm import (
+    EvoNorm,
+    EvoNormB0,
+    EvoNormB1,
+    EvoNormB2,
+    EvoNormS0,
+    EvoNormS1,
+    EvoNormS2,
+    evonorm_b,
+    evonorm_s,
+)
 from poise.nets.group_norm import GroupNorm, group_count
 from poise.nets.initializers import LayerInit
 from poise.nets.labels import label_vectors
@@ -36,6 +47,13 @@ __all__ = [
     "DiscriminatorHead",
     "EDMCoefficients",
     "EDMPrecond",
+    "EvoNorm",
+    "EvoNormB0",
+    "EvoNormB1",
+    "EvoNormB2",
+    "EvoNormS0",
+    "EvoNormS1",
+    "EvoNormS2",
     "FourierEmbedding",
     "GroupNorm",
     "LayerInit",
@@ -52,6 +70,8 @@ __all__ = [
     "downsample",
     "edm_coefficients",
     "edm_network",
+    "evonorm_b",
+    "evonorm_s",
     "from_state_dict",
     "group_count",
     "head_group_count",
