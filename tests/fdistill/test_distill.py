@@ -88,10 +88,14 @@ def make(config=BASE, optimizers=OPTIMIZERS, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def started(quick_jit):
+def base_step(quick_jit):
+    return quick_jit(make().step)
+
+
+@pytest.fixture(scope="module")
+def started(base_step):
     """A state whose student, fake score and head all differ from where they began, and one step after it."""
-    algorithm = make()
-    step = quick_jit(algorithm.step)
+    algorithm, step = make(), base_step
     state = algorithm.init(jax.random.key(0), make_batch())
     for i in range(3):
         state, _ = step(state, make_batch(seed=i), step_key(0, 1, i))
@@ -176,6 +180,26 @@ def test_divergences_differ_only_in_the_weight(stepped):
     sizes = [float(metrics["effective_sample_size"]) for _, metrics in results]
     assert sizes[0] == pytest.approx(8.0, abs=1e-5)
     assert sizes[0] > sizes[1] > sizes[2] >= 1
+
+
+@pytest.mark.parametrize("size", [0.0, 1e4, 1e6])
+def test_no_head_makes_a_step_that_is_not_finite(size, started, base_step):
+    """Ratios that are all equal, and logits beyond what can be exponentiated."""
+    state = started[0]._replace(head=jax.tree.map(lambda p: size * p, started[0].head))
+    after, metrics = base_step(state, make_batch(), jax.random.key(2))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((after.student, after.fake, after.bins)))
+    assert 1 - 1e-5 <= metrics["effective_sample_size"] <= 8 + 1e-5
+    if size == 0:
+        assert metrics["weight_min"] > 0.9  # the bins remember other ratios
+        assert metrics["weight_max"] < 1.1
+
+
+def test_where_fake_score_and_teacher_agree_nothing_matches(base_step):
+    """At the start, with a copy for a fake score, the student is moved by the adversarial loss alone."""
+    state = make().init(jax.random.key(0), make_batch())
+    _, metrics = base_step(state, make_batch(), jax.random.key(2))
+    assert float(metrics["matching_norm"]) < 1e-5
+    assert float(metrics["student_grad_norm"]) > 0
 
 
 JOINT = {"head_features": "fake", "train_features": True}
