@@ -210,12 +210,12 @@ def draw(path: pathlib.Path, exact, runs, gaps, spread, points) -> None:
         panels[1, 1].plot(gaps, spread[name], color=colors[name])
     panels[1, 0].set(title="2. share of the smaller mode", xlabel="updates of the student", ylim=(0, 0.52))
     panels[1, 1].set(
-        title="variance of the normalised weight", xlabel="distance of two unit Gaussians", yscale="asinh",
+        title="variance of the normalised weight", xlabel="distance of two unit Gaussians", yscale="symlog",
         ylim=(-0.05, 60),
     )  # fmt: skip
     ell, weight, distance = points
     panels[1, 2].semilogx(np.exp(ell), distance, ".", ms=2, color="C7", label="distance of the scores")
-    panels[1, 2].set(title="small weight where scores disagree", xlabel="density ratio", ylabel="distance")
+    panels[1, 2].set(title="where the scores disagree the weight is small", xlabel="density ratio", ylabel="distance")
     other = panels[1, 2].twinx()
     order = np.argsort(ell)
     other.plot(np.exp(ell)[order], weight[order], color=colors["jensen_shannon"], label="weight of Jensen-Shannon")
