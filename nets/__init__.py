@@ -33,8 +33,10 @@ from poise.nets.mlp import MLP, AffineGenerator, MLPHead
 from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning_of
 from poise.nets.ratio_head import RatioHead
 from poise.nets.resampling import ResampleConv, downsample, upsample
+from poise.nets.rotary import rotary_embedding
 from poise.nets.song_unet import SongUNet
 from poise.nets.sparse_token_mask import SparseTokenMask
+from poise.nets.transformer import Transformer
 from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
 
 __all__ = [
@@ -63,6 +65,7 @@ __all__ = [
     "ResampleConv",
     "SongUNet",
     "SparseTokenMask",
+    "Transformer",
     "UNetBlock",
     "ValueMLP",
     "adm",
@@ -83,6 +86,7 @@ __all__ = [
     "pixel_attention",
     "positional_embedding",
     "preconditioning_of",
+    "rotary_embedding",
     "state_dict_shapes",
     "to_state_dict",
     "upsample",
