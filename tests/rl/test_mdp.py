@@ -33,9 +33,10 @@ def test_value_solves_bellmans_equation():
         policy = jax.random.dirichlet(jax.random.key(2), jnp.ones(3), (4,))
         value = np.asarray(jax.jit(policy_value)(mdp, reward, policy))
         uniform = policy_value(mdp, reward)
-        explicit = policy_value(mdp, reward, jnp.full((4, 3), 1 / 3))
-        total = policy_return(mdp, reward, policy)
-    q = np.sum(mdp.transition * (np.asarray(reward) + 0.9 * value), -1)
+        explicit = jax.jit(policy_value)(mdp, reward, jnp.full((4, 3), 1 / 3))
+        total = jax.jit(policy_return)(mdp, reward, policy)
+        policy = np.asarray(policy)
+    q = np.sum(np.asarray(mdp.transition) * (np.asarray(reward) + 0.9 * value), -1)
     np.testing.assert_allclose(value, np.sum(policy * q, -1), rtol=1e-12)
     np.testing.assert_allclose(uniform, explicit, rtol=1e-12)
     np.testing.assert_allclose(total, np.dot(mdp.initial, value), rtol=1e-12)
@@ -48,9 +49,10 @@ def test_best_and_worst_among_all_deterministic_policies(seed):
         policies = jnp.stack([jnp.eye(3)[jnp.array(choice)] for choice in itertools.product(range(3), repeat=4)])
         values = jax.jit(jax.vmap(policy_value, in_axes=(None, None, 0)))(mdp, reward, policies)
         regrets = jax.jit(jax.vmap(normalized_regret, in_axes=(None, None, 0)))(mdp, reward, policies)
-        best = policy_value(mdp, reward, jax.jit(optimal_policy)(mdp, reward))
+        best = jax.jit(lambda *args: policy_value(*args, optimal_policy(*args)))(mdp, reward)
+        values, regrets = np.asarray(values), np.asarray(regrets)
     np.testing.assert_allclose(best, values.max(0), rtol=1e-12)  # in every state at once
-    returns = np.asarray(values) @ np.asarray(mdp.initial)
+    returns = values @ np.asarray(mdp.initial)
     expected = (returns.max() - returns) / (returns.max() - returns.min())
     np.testing.assert_allclose(regrets, expected, rtol=0, atol=1e-10)
     assert (regrets.min(), regrets.max()) == (0, 1)
@@ -61,18 +63,20 @@ def test_optimal_policies_under_vmap_and_in_float32():
     mdp = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), mdp)
     rewards = jax.vmap(random_reward, in_axes=(0, None))(jax.random.split(jax.random.key(3), 6), mdp)
     together = jax.jit(jax.vmap(optimal_policy, in_axes=(None, 0)))(mdp, rewards)
+    single = jax.jit(optimal_policy)
     for reward, policy in zip(rewards, together, strict=True):
-        np.testing.assert_array_equal(policy, optimal_policy(mdp, reward))
+        np.testing.assert_array_equal(policy, single(mdp, reward))
         np.testing.assert_array_equal(policy.sum(-1), 1)
 
 
 def test_shaping_moves_all_returns_alike():
     mdp, reward = instance()
     with jax.enable_x64():
-        potential = jnp.arange(4.0) * 3
+        potential = 3 * jnp.arange(4.0)
         shaped = potential_shaping(reward, potential, 0.9)
         policies = jax.random.dirichlet(jax.random.key(2), jnp.ones(3), (5, 4))
-        shift = [policy_return(mdp, shaped, p) - policy_return(mdp, reward, p) for p in policies]
+        returns = jax.jit(jax.vmap(policy_return, in_axes=(None, None, 0)))
+        shift = np.asarray(returns(mdp, shaped, policies)) - np.asarray(returns(mdp, reward, policies))
     np.testing.assert_allclose(shift, -np.dot(mdp.initial, potential), rtol=1e-10)
 
 
