@@ -220,7 +220,9 @@ class _Run:
             self.console.line(f"going on from step {restored.step} of phase {self.phases[restored.phase].name!r}")
             first = restored.phase
             if first == len(self.phases) - 1 and restored.step >= self.phases[first].num_steps:
-                self.console.line("this run is finished: there is nothing to train")
+                more = restored.step - self.phases[first].num_steps
+                longer = f" (it has come {more} steps farther than asked for, and stays there)" if more else ""
+                self.console.line(f"this run is finished: there is nothing to train{longer}")
         for index in range(first, len(self.phases)):
             start = restored if restored is not None and index == first else None
             self.one_phase(index, programs[index], start)

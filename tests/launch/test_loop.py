@@ -135,6 +135,42 @@ def test_a_longer_last_phase_goes_on_from_the_end(undisturbed, tmp_path):
     assert int(shorter.state.count) == 32
 
 
+def test_a_run_that_has_come_farther_says_so_and_stays_there(tmp_path, capsys):
+    def step(state, batch, key):
+        return state + 1, {}
+
+    quick(simple(step, num_steps=4), tmp_path)
+    result = quick(simple(step, num_steps=3), tmp_path)
+    assert float(result.state) == 4
+    assert "1 steps farther than asked for" in capsys.readouterr().err
+
+
+def test_what_a_run_starts_from_reaches_the_first_phase_and_a_resumed_one(tmp_path):
+    start = {"w": jnp.arange(3.0)}
+
+    class Held(NamedTuple):
+        total: Any
+        frozen: Any
+
+    def make(previous):
+        return Algorithm(
+            lambda key, batch: Held(jnp.zeros(3), previous),
+            lambda state, batch, key: (state._replace(total=state.total + state.frozen["w"]), {}),
+        )
+
+    def phase(num_steps):
+        return Phase("only", make, NoData(), num_steps)
+
+    options = dict(seed=0, save_every_seconds=0, start=start)  # on all devices
+    assert fit([phase(2)], workdir=tmp_path, **options).state.total.tolist() == [0.0, 2.0, 4.0]
+    assert fit([phase(3)], workdir=tmp_path, **options).state.total.tolist() == [0.0, 3.0, 6.0]
+    frozen = next((tmp_path / "checkpoints" / "frozen").iterdir())
+    for file in sorted(frozen.rglob("*")):
+        if file.is_file() and file.stat().st_size > 20:
+            file.write_bytes(b"\0" * 10)
+    assert fit([phase(4)], workdir=tmp_path, **options).state.total.tolist() == [0.0, 4.0, 8.0]
+
+
 def test_a_longer_earlier_phase_is_refused(tmp_path):
     tiny.run(tmp_path, steps={"student": 2})
     with pytest.raises(CheckpointError, match="12 steps of phase 'teacher', this run has 13"):
