@@ -72,7 +72,7 @@ def test_time_limits_truncate_and_ends_terminate():
 @pytest.mark.parametrize(("kind", "mean", "std"), [("normal", 0.0, 2.0), ("uniform", 1.0, 2 / np.sqrt(12))])
 def test_reward_noise(kind, mean, std):
     env = reward_noise(catch(), 2.0, kind)
-    state, observation = env.reset(KEY)
+    state, _ = env.reset(KEY)
     out = jax.jit(jax.vmap(lambda key: env.step(key, state, jnp.array(1))[1]))(jax.random.split(KEY, 4000))
     np.testing.assert_allclose(out.reward.mean(), mean, rtol=0, atol=5 * std / np.sqrt(4000))
     np.testing.assert_allclose(out.reward.std(), std, rtol=0.05)
@@ -121,7 +121,7 @@ class GymnaxLike:
 def test_gymnax_adapter(limit, expected):
     env = from_gymnax(GymnaxLike(), limit)
     assert isinstance(env, Environment)
-    state, observation = env.reset(KEY)
+    state, _ = env.reset(KEY)
 
     def step(state, action):
         return env.step(KEY, state, action)
@@ -152,5 +152,5 @@ def test_bad_arguments():
         reward_noise(catch(), 1.0, "cauchy")
     with pytest.raises(ValueError, match=r"probability must lie in \[0, 1\]"):
         sticky_actions(catch(), 1.5)
-    with pytest.raises(TypeError, match="env must be an environment of gymnax 1.0 or later, got a object"):
+    with pytest.raises(TypeError, match=r"env must be an environment of gymnax .* got a object without step_env"):
         from_gymnax(object())

@@ -57,9 +57,7 @@ def test_pushing_drops_the_oldest():
     zero = jnp.zeros((3, 1))
     window = StepRecord(zero, zero, zero, zero, zero, zero)
     for i in range(1, 5):
-        window = push_step(
-            window, jax.tree.map(lambda leaf, i=i: leaf[0] + i, window._replace(**{f: zero for f in window._fields}))
-        )
+        window = push_step(window, StepRecord(*(jnp.full(1, float(i)) for _ in window)))
     assert window.reward[:, 0].tolist() == [2, 3, 4]
 
 

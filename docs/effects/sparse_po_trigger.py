@@ -1,0 +1,171 @@
+"""DPO beside token-level DPO and SparsePO where one token decides what is preferred: who leaves the rest alone?
+
+    python docs/effects/sparse_po_trigger.py
+
+writes sparse_po_trigger.json and sparse_po_trigger.png beside itself, and prints a table.
+"""
+
+import functools
+import json
+import pathlib
+import platform
+import time
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from poise.nets import SparseTokenMask
+from poise.rl import dpo_loss, mapo_mask, mask_sparsity, sparse_po_loss, tdpo_loss, token_forward_kl, token_logprobs
+
+VOCAB, LENGTH, TRIGGER, GOOD, BAD = 32, 16, 1, (2, 3, 4, 5), (6, 7, 8, 9)
+PAIRS, STEPS, BETA = 1000, 400, 0.5
+METHODS = ("dpo", "tdpo1", "mapo", "sparse_common", "sparse_independent", "sparse_common_l1")
+
+
+class LanguageModel(nn.Module):
+    """Two residual blocks on the embedding of the last token; the source is a bigram, so that no more is needed."""
+
+    @nn.compact
+    def __call__(self, tokens):
+        """Logits and the layers' hidden states."""
+        h = nn.Embed(VOCAB, 32)(tokens)
+        layers = []
+        for _ in range(2):
+            h = h + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(h))))
+            layers.append(h)
+        return nn.Dense(VOCAB)(nn.LayerNorm()(h)), jnp.stack(layers)
+
+
+def texts(key, count, transition, good_share):
+    """Walks of the bigram source; after each trigger a good token or a bad one."""
+
+    def walk(key):
+        first_key, key = jax.random.split(key)
+
+        def move(last, key):
+            plain_key, coin_key, place_key = jax.random.split(key, 3)
+            plain = jax.random.categorical(plain_key, transition[last])
+            place = jax.random.randint(place_key, (), 0, len(GOOD))
+            good = jax.random.bernoulli(coin_key, good_share)
+            after = jnp.where(good, jnp.array(GOOD)[place], jnp.array(BAD)[place])
+            token = jnp.where(last == TRIGGER, after, plain)
+            return token, token
+
+        first = jax.random.randint(first_key, (), 0, VOCAB)
+        return jnp.concatenate([first[None], jax.lax.scan(move, first, jax.random.split(key, LENGTH))[1]])
+
+    return jax.vmap(walk)(jax.random.split(key, count))
+
+
+def descend(loss, params, steps, rate, key):
+    """Adam on a loss of parameters and a key."""
+    tx = optax.adam(rate)
+
+    def step(carry, key):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params, key), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, steps))[0][0]
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def experiment(seed, method):
+    """Pretrains, trains on preferences by one method, and measures on new texts."""
+    keys = jax.random.split(jax.random.key(seed), 9)
+    logits = 2 * jax.random.normal(keys[0], (VOCAB, VOCAB))
+    transition = logits.at[:, TRIGGER].set(jax.nn.logsumexp(logits, axis=1) - 2.0)  # about 12% of all tokens
+    model = LanguageModel()
+    corpus = texts(keys[1], 2000, transition, 0.5)
+
+    def pretraining(params, key):
+        batch = corpus[jax.random.randint(key, (64,), 0, len(corpus))]
+        return -token_logprobs(model.apply(params, batch[:, :-1])[0], batch[:, 1:]).mean()
+
+    ref = descend(pretraining, model.init(keys[2], corpus[:1]), 1500, 3e-3, keys[3])
+    chosen, rejected = (texts(k, PAIRS, transition, share) for k, share in ((keys[4], 1.0), (keys[5], 0.0)))
+    net = SparseTokenMask(2)
+    mask_params = [net.init(k, jnp.zeros((2, 1, 1, 32))) for k in jax.random.split(keys[6])]
+
+    def look(params, tokens):
+        logits, _ = model.apply(params, tokens[:, :-1])
+        base, hidden = model.apply(ref, tokens[:, :-1])
+        labels = tokens[:, 1:]
+        return token_logprobs(logits, labels), token_logprobs(base, labels), token_forward_kl(logits, base), hidden
+
+    def preference(params, key):
+        policy, masks = params
+        index = jax.random.randint(key, (64,), 0, PAIRS)
+        good, bad = look(policy, chosen[index]), look(policy, rejected[index])
+        count = jnp.ones(good[0].shape, bool)
+        ordered = (good[0], bad[0], good[1], bad[1])
+        if method == "dpo":
+            return dpo_loss(*ordered, count, count, beta=BETA).mean()
+        if method == "tdpo1":
+            return tdpo_loss(*ordered, good[2], bad[2], count, count, beta=BETA, version=1).mean()
+        if method == "mapo":
+            rewards = divergences = tuple(mapo_mask(side[3], count) for side in (good, bad))
+        else:
+            rewards = tuple(net.apply(masks[0], side[3]) for side in (good, bad))
+            second = masks[1] if method == "sparse_independent" else masks[0]
+            divergences = tuple(net.apply(second, side[3]) for side in (good, bad))
+        weight = 1e-3 if method.endswith("l1") else 0.0
+        options = {"reward_mask": rewards, "kl_mask": divergences, "l1_reward": weight, "l1_kl": weight}
+        return sparse_po_loss(*ordered, good[2], bad[2], count, count, beta=BETA, **options).mean()
+
+    policy, masks = descend(preference, (ref, mask_params), STEPS, 1e-3, keys[7])
+    tokens = texts(keys[8], 500, transition, 0.5)
+    at_trigger = tokens[:, :-1] == TRIGGER
+    _, _, kl, hidden = look(policy, tokens)
+    probs = jax.nn.softmax(model.apply(policy, tokens[:, :-1])[0])
+    weights = net.apply(masks[0], hidden)
+
+    def mean(values, where):
+        return jnp.sum(jnp.where(where, values, 0)) / jnp.sum(where)
+
+    return {
+        "good_after_trigger": mean(probs[..., jnp.array(GOOD)].sum(-1), at_trigger),
+        "kl_elsewhere": mean(kl, ~at_trigger),
+        "kl_at_trigger": mean(kl, at_trigger),
+        "mask_at_trigger": mean(weights, at_trigger),
+        "mask_elsewhere": mean(weights, ~at_trigger),
+        "mask_zeros": mask_sparsity(weights, jnp.ones(weights.shape, bool)).mean(),
+    }
+
+
+def main() -> None:
+    """Runs it all and writes the results."""
+    import matplotlib.pyplot as plt
+
+    start, here, seeds = time.time(), pathlib.Path(__file__).parent, range(3)
+    runs = {}
+    for method in METHODS:
+        seen = [jax.tree.map(float, experiment(seed, method)) for seed in seeds]
+        runs[method] = {name: [run[name] for run in seen] for name in seen[0]}
+        if "sparse" not in method:
+            runs[method] = {name: values for name, values in runs[method].items() if "mask" not in name}
+        print(method, {name: round(float(np.mean(values)), 4) for name, values in runs[method].items()}, flush=True)
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "seconds": round(time.time() - start),
+        "seeds": list(seeds),
+        "beta": BETA,
+        "runs": runs,
+    }
+    (here / "sparse_po_trigger.json").write_text(json.dumps(results, indent=1) + "\n")
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    means = [np.mean(runs[method]["kl_elsewhere"]) for method in METHODS]
+    axis.bar(METHODS, means, color=["C3" if method == "dpo" else "C0" for method in METHODS])
+    axis.set(ylabel="KL to the reference, off the trigger")
+    axis.tick_params(axis="x", labelrotation=20)
+    figure.savefig(here / "sparse_po_trigger.png", dpi=100)
+
+
+if __name__ == "__main__":
+    main()
