@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jaxtyping import Array, ArrayLike, Float
 
 from poise.attention.blocks import Plan
@@ -43,7 +43,8 @@ def sharded_attention(
     Each device goes through its own keys and values in blocks, for all queries. Keys and values stay where they are;
     what travels is the queries, the row statistics (the sum and the maximum of softplus, then the sum of weights) and
     the weighted values. Backward, the derivatives of keys and values stay where they are, too. Call it under ``jit``
-    with arguments that are sharded or not; it is a ``shard_map`` inside.
+    with arguments that are sharded or not; it is a ``shard_map`` inside. The mesh's axes are taken as automatic ones;
+    arguments whose type carries a sharding over explicit axes go through :func:`jax.sharding.auto_axes` first.
 
     Args:
       query: ``[batch, queries, heads, width]``.
@@ -83,6 +84,7 @@ def sharded_attention(
       True
     """
     check_choice("weighting", weighting, WEIGHTINGS)
+    mesh = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
     for name, axis in (("axis_name", axis_name), ("batch_axis", batch_axis)):
         if axis is not None:
             check_choice(name, axis, mesh.axis_names)

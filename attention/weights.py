@@ -88,8 +88,8 @@ def reweight_attention(
     Example:
       >>> import jax.numpy as jnp
       >>> from poise.attention import reweight_attention
-      >>> reweight_attention(jnp.array([[0.4, 0.3, 0.2, 0.1]]), power=1.0).round(3).tolist()
-      [[0.75, 0.25, 0.0, 0.0]]
+      >>> reweight_attention(jnp.array([[0.5, 0.5, 0.0, 0.0]]), power=3.0).tolist()
+      [[0.5, 0.5, 0.0, 0.0]]
 
     References:
       *Softplus Attention with Re-weighting Boosts Length Extrapolation in Large Language Models*,

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from poise.attention import dot_product_attention, sharded_attention, softplus_attention
 
@@ -73,3 +74,15 @@ def test_bad_input(draw):
         spread(mesh=mesh_of(2, 4), axis_name="sequence", batch_axis="data")
     with pytest.raises(ValueError, match="weighting must be one of softplus, softmax, got 'relu'"):
         spread(mesh=mesh_of(8), axis_name="sequence", weighting="relu")
+
+
+def test_a_mesh_of_explicit_axes(draw, quick_jit):
+    arrays = draw(queries=8, keys=8)
+    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Explicit,))
+    spread = functools.partial(sharded_attention, mesh=mesh, axis_name="sequence", is_causal=True)
+    expected = quick_jit(functools.partial(softplus_attention, is_causal=True))(*arrays)
+    np.testing.assert_allclose(quick_jit(spread)(*arrays), expected, rtol=1e-4, atol=1e-5)
+    placed = [jax.device_put(x, NamedSharding(mesh, P(None, "sequence"))) for x in arrays]
+    with jax.set_mesh(mesh):
+        out = quick_jit(jax.sharding.auto_axes(spread, out_sharding=P()))(*placed)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
