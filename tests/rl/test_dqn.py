@@ -112,10 +112,9 @@ def test_nothing_is_learned_before_there_is_enough():
     np.testing.assert_allclose(metrics["epsilon"], 1 - 0.95 * 160 / 4000, rtol=1e-5)
 
 
-slow = pytest.mark.slow
-
-
-@pytest.mark.parametrize("name", ["hl_gauss", *(pytest.param(n, marks=slow) for n in ("two_hot", "c51", "scalar"))])
+@pytest.mark.parametrize(
+    "name", ["hl_gauss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two_hot", "c51", "scalar"))]
+)
 def test_catch_is_learned_over_seeds(name):
     """Two seeds; a random agent gets about -0.5 on average and the best one 1."""
     agent = over_seeds(agent_of(name), 2)
@@ -150,6 +149,7 @@ def test_variants_learn_too():
     assert float(metrics["return_mean"]) > 0.6
 
 
+@pytest.mark.slow
 def test_a_seed_makes_the_same_run_alone_and_devices_change_nothing():
     config = SMALL._replace(iterations=8, min_history=16, buffer_size=100, batch_size=8)
     single = agent_of("hl_gauss", config=config)
