@@ -19,8 +19,9 @@ class SparseTokenMask(nn.Module):
     a context: at position $t$ the model has seen nothing but the tokens before the one that is predicted there. One
     instance for rewards and divergences is the common mask, two are independent ones.
 
-    Where every relu is off no gradient reaches anything, so $b$ and $v$ start at positive constants;
-    :func:`poise.rl.mask_sparsity` tells whether a mask has died.
+    Where every relu is off no gradient reaches anything, for a context as for a whole mask. So $b$ and $v$ start at
+    positive constants and $w$ so small that $w_j\cdot\mathrm{LN}(h)$ has a standard deviation of 0.1: a fresh mask is
+    nearly the same everywhere. :func:`poise.rl.mask_sparsity` tells whether it has died later.
 
     Attributes:
       num_layers: number of layers whose hidden states are used; the embeddings are usually left out.
@@ -79,7 +80,7 @@ class SparseTokenMask(nn.Module):
             epsilon=self.epsilon, dtype=dtype, param_dtype=param_dtype, use_fast_variance=False, name="norm"
         )
         features, layers = hidden.shape[-1], self.num_layers
-        kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=-1, out_axis=0)
+        kernel_init = nn.initializers.variance_scaling(0.01, "fan_in", "truncated_normal", in_axis=-1, out_axis=0)
         kernel = self.param("kernel", kernel_init, (layers, features), param_dtype)
         bias = self.param("bias", nn.initializers.constant(self.bias_init), (layers,), param_dtype)
         mixer = self.param("mixer", nn.initializers.constant(self.mixer_init), (layers,), param_dtype)
