@@ -38,7 +38,9 @@ FORMS = {
     "minimal_weighted": functools.partial(canonicalize_minimal, weighted=True),
 }
 every_form = pytest.mark.parametrize("name", FORMS)
-compiled = {name: jax.jit(form) for name, form in FORMS.items()}
+# Programs that run once: compiled without much optimization.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+compiled = {name: quick_jit(form) for name, form in FORMS.items()}
 
 
 def load(golden_file):
@@ -71,7 +73,7 @@ def test_official_distances(golden_file):
         pair = jnp.asarray(data["reward_1"]), jnp.asarray(data["reward_2"])
         names = [str(name) for name in data["distance_names"]]
 
-        @jax.jit
+        @quick_jit
         def distances(first, second):
             return jnp.stack([starc_distance(first, second, mdp, *name.split("|")) for name in names])
 
@@ -210,7 +212,7 @@ def test_the_bound_on_regret():
         return lost, jnp.sqrt(2) / (1 - 0.8) * size * starc_distance(first, second, mdp)
 
     with jax.enable_x64():
-        lost, bound = jax.jit(jax.vmap(losses))(jax.random.split(jax.random.key(0), 30))
+        lost, bound = quick_jit(jax.vmap(losses))(jax.random.split(jax.random.key(0), 30))
     assert np.all(np.asarray(lost) <= np.asarray(bound))
     assert np.asarray(lost).max() > 0.1
 
