@@ -106,24 +106,24 @@ def main() -> None:
                     "curve_mean": curves.mean(1).round(4).tolist(),
                 }
             )
+            results = {
+                "date": time.strftime("%Y-%m-%d"),
+                "jax": jax.__version__,
+                "python": platform.python_version(),
+                "device": jax.devices()[0].device_kind,
+                "seconds": round(time.time() - start),
+                "environment": "Breakout-MinAtar",
+                "updates": UPDATES,
+                "seeds": args.seeds,
+                "runs": rows,
+            }
+            (here / "hl_gauss_minatar.json").write_text(json.dumps(results, indent=1) + "\n")
             print(noise, loss, f"{last.mean():.2f}", last.round(2).tolist(), f"{time.time() - start:.0f} s", flush=True)
             env_steps = np.arange(1, PARTS + 1) * 32 * UPDATES / PARTS / 1e3
             axis.plot(env_steps, curves.mean(1), color=f"C{i}", label=loss)
             axis.fill_between(env_steps, curves.min(1), curves.max(1), color=f"C{i}", alpha=0.15, lw=0)
         axis.set(title=f"reward noise N(0, {noise:g}²)", xlabel="thousand environment steps", ylabel="return")
         axis.legend(fontsize=8)
-    results = {
-        "date": time.strftime("%Y-%m-%d"),
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "seconds": round(time.time() - start),
-        "environment": "Breakout-MinAtar",
-        "updates": UPDATES,
-        "seeds": args.seeds,
-        "runs": rows,
-    }
-    (here / "hl_gauss_minatar.json").write_text(json.dumps(results, indent=1) + "\n")
     figure.savefig(here / "hl_gauss_minatar.png", dpi=100)
 
 
