@@ -12,6 +12,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -143,7 +144,7 @@ def read_weights(path: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
             return arrays, {**json.loads(metadata["init_kwargs"]), **named}
         with np.load(file, allow_pickle=False) as archive:
             return dict(archive), None
-    except (SafetensorError, OSError, ValueError, EOFError) as error:
+    except (SafetensorError, OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 

@@ -228,21 +228,22 @@ class Prefetched:
 
     Args:
       data: where they come from; its ``batch`` is called from other threads.
+      num_steps: how many batches will be asked for; none beyond them is made.
       ahead: how many batches to make in advance, each in its own thread; at least 1.
 
     Example:
       >>> import numpy as np
       >>> from poise.launch.data import InMemory, Prefetched
       >>> data = InMemory({"x": np.arange(6)}, batch_size=2, seed=0)
-      >>> ahead = Prefetched(data)
+      >>> ahead = Prefetched(data, num_steps=8)
       >>> all((ahead.batch(step)["x"] == data.batch(step)["x"]).all() for step in (0, 1, 7))
       True
     """
 
-    def __init__(self, data: Data, ahead: int = 2):
+    def __init__(self, data: Data, num_steps: int, ahead: int = 2):
         _at_least("ahead", ahead, 1)
         self.batch_axis, self.batch_size = data.batch_axis, data.batch_size
-        self._data, self._ahead = data, ahead
+        self._data, self._num_steps, self._ahead = data, num_steps, ahead
         self._pool = concurrent.futures.ThreadPoolExecutor(ahead, thread_name_prefix="batches")
         self._coming: dict[int, concurrent.futures.Future] = {}
         self._last = -2
@@ -251,7 +252,7 @@ class Prefetched:
         """This host's part of the batch of a step, from 0."""
         ahead = self._ahead if step - 1 == self._last else 0  # not for a look at the first batch's shapes
         self._last = step
-        wanted = range(step, step + ahead + 1)
+        wanted = range(step, max(step + 1, min(step + ahead + 1, self._num_steps)))
         for other in [number for number in self._coming if number not in wanted]:
             self._coming.pop(other).cancel()
         for number in wanted:

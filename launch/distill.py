@@ -62,7 +62,9 @@ class DistillConfig:
         0.0, "bound on the half-life, as a share of the images seen; 0: none", minimum=0.0
     )
 
-    preset: str = field("none", "published settings of whatever has no flag of its own below", choices=PRESETS)
+    preset: str = field(
+        "none", "published noise levels, constants, clipping and other things that have no flag here", choices=PRESETS
+    )
     divergence: str = field("jensen_shannon", "the f-divergence that is lowered", choices=DIVERGENCES)
     steps: int = field(
         400, "updates of the student; more than before extends a finished run", role="execution", minimum=1
@@ -107,6 +109,10 @@ class DistillConfig:
         """Checks each field, and those that belong together."""
         validate(self)
         kind, _, place = self.data.partition(":")
+        if kind == "folder" and place:  # as a run's other places, wherever it is resumed or looked at from
+            object.__setattr__(self, "data", f"folder:{pathlib.Path(place).expanduser().absolute()}")
+        if self.teacher:
+            object.__setattr__(self, "teacher", str(pathlib.Path(self.teacher).expanduser().absolute()))
         if (kind, bool(place)) not in (("digits", False), ("mixture2d", False), ("tfds", True), ("folder", True)):
             raise ConfigError(f"data must be digits, mixture2d, tfds:NAME or folder:PATH, got {self.data!r}")
         if kind == "mixture2d" and self.teacher:
@@ -164,25 +170,40 @@ def check(config: DistillConfig) -> None:
     Raises:
       ConfigError: if they don't fit each other or the flags.
     """
+    from poise.launch.distill_phases import settings_of
     from poise.launch.image_sets import open_images
     from poise.launch.teachers import read_description
 
-    if config.data == "mixture2d" or (config.data == "digits" and not config.teacher):
+    try:
+        settings_of(config, 0.5)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    shape, classes, maximum = (8, 8, 1), 10, 16  # the digits
+    if config.data == "mixture2d":
+        if config.guidance_scale != 1.0:
+            raise ConfigError(f"guidance_scale must be 1 for data=mixture2d, got {config.guidance_scale}")
         return
-    if config.data == "digits":
-        shape, classes, maximum = (8, 8, 1), 10, 16
-    else:
+    if config.data != "digits":
         images = open_images(config.data, config.data_dir, config.image_size).train
         shape, classes, maximum = images.image_shape, len(images.class_names), images.maximum
+    levels = len(config.channel_mult)
     if not config.teacher:
-        return check_levels(config, shape[0])
-    found = read_description(config.teacher)
-    has = (found["network"].image_shape, found["network"].num_classes, found["scale"].maximum)
-    if has != (shape, classes, maximum):
-        raise ConfigError(
-            "the teacher must be one of the data's images: its network has shape, classes and largest pixel value "
-            f"{has}, the data has {(shape, classes, maximum)}"
-        )
+        check_levels(config, shape[0])
+    else:
+        found = read_description(config.teacher)
+        levels = len(found["network"].architecture.get("channel_mult", (1, 2, 2, 2)))
+        has = (found["network"].image_shape, found["scale"].maximum, found["network"].num_classes)
+        classes = min(classes, has[2])  # a teacher without classes learns from images alone
+        if has != (shape, maximum, classes):
+            raise ConfigError(
+                "the teacher must be one of the data's images: its network has shape, largest pixel value and classes "
+                f"{has}, the data has {(shape, maximum, classes)}"
+            )
+    if config.guidance_scale != 1.0 and not classes:
+        raise ConfigError(f"guidance_scale must be 1 without classes, got {config.guidance_scale}")
+    if not all(-levels <= level < levels for level in config.feature_levels):
+        given = ",".join(map(str, config.feature_levels))
+        raise ConfigError(f"feature_levels must be levels of the network, from {-levels} to {levels - 1}, got {given}")
 
 
 def run(config: DistillConfig, workdir: pathlib.Path) -> None:
@@ -191,9 +212,11 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
         from poise.launch.mixture2d import run_mixture2d
 
         return run_mixture2d(config, workdir)
+    import jax
+
     from poise.launch.distill_phases import distill_phases, network_of
     from poise.launch.distill_results import write_results
-    from poise.launch.image_sets import first_images, open_images
+    from poise.launch.image_sets import ImageSplits, Unlabelled, first_images, open_images
     from poise.launch.loop import fit
     from poise.launch.pixels import PixelScale
     from poise.launch.quality import Judge
@@ -201,12 +224,14 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
 
     data_dir = config.data_dir or (workdir / "data" if config.data == "digits" else "")
     images = open_images(config.data, data_dir, config.image_size)
+    loaded = load_teacher(config.teacher) if config.teacher else None
+    if loaded is not None and not loaded.network.num_classes:
+        images = ImageSplits(*map(Unlabelled, images))
     train, held_out = (first_images(part, config.eval_images) for part in images)
     class_names = images.train.class_names
-    if config.teacher:
-        loaded = load_teacher(config.teacher)
+    if loaded is not None:
         network, scale = loaded.network._replace(precision=config.precision), loaded.scale
-        start = loaded.variables
+        start = jax.device_get(loaded.variables)
     else:
         scale = PixelScale.fit(train["image"], images.train.maximum) if config.data == "digits" else PixelScale.edm()
         network, start = network_of(config, images.train), None

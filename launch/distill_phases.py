@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from poise.fdistill import (
+    PRESETS,
     FDistillConfig,
     Optimizers,
     edm_teacher,
@@ -90,15 +91,15 @@ def distill_phases(
             teacher=finished if config.teacher else teacher_variables(finished),
             update_student=False,
         ),
-        data=batches(config.batch_size, 1),
+        data=batches(config.batch_size, 1, config.warmup_steps),
         num_steps=config.warmup_steps,
     )
     distill = Phase(
         name="distill",
         make_algorithm=lambda warm: distillation(config=settings, start=warm),
-        data=batches(config.batch_size, config.fake_updates),
+        data=batches(config.batch_size, config.fake_updates, config.steps),
         num_steps=config.steps,
-        evaluate=_quick_evaluation(network, judge),
+        evaluate=_quick_evaluation(network, judge, settings.sigma_init),
         evaluate_every=config.eval_every,
     )
     return (warmup, distill) if config.teacher else (_teacher_phase(config, network, net, batches), warmup, distill)
@@ -124,7 +125,9 @@ def settings_of(config: "DistillConfig", sigma_data: float) -> FDistillConfig:
     )
 
 
-def _batches(images: ImageSet, scale: PixelScale, seed: int, batch_size: int, cycle: int | None) -> Data:
+def _batches(
+    images: ImageSet, scale: PixelScale, seed: int, batch_size: int, cycle: int | None, num_steps: int
+) -> Data:
     """Shuffled batches in the network's scale; of images that aren't in memory, some in advance."""
 
     def read(indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -133,7 +136,7 @@ def _batches(images: ImageSet, scale: PixelScale, seed: int, batch_size: int, cy
 
     if isinstance(images, ArrayImages):
         return InMemory(read(np.arange(len(images))), batch_size, seed, cycle)
-    return Prefetched(Shuffled(read, len(images), batch_size, seed, cycle))
+    return Prefetched(Shuffled(read, len(images), batch_size, seed, cycle), num_steps)
 
 
 def _teacher_phase(config: "DistillConfig", network: NetworkConfig, net: Any, batches: Any) -> Phase:
@@ -149,7 +152,7 @@ def _teacher_phase(config: "DistillConfig", network: NetworkConfig, net: Any, ba
             ema_halflife=config.teacher_ema_halflife,
             ema_rampup=config.teacher_ema_rampup or None,
         ),
-        data=batches(config.teacher_batch_size, None),
+        data=batches(config.teacher_batch_size, None, steps),
         num_steps=steps,
     )
 
@@ -163,7 +166,9 @@ def _warmed_up(rate: float | optax.Schedule, steps: int) -> float | optax.Schedu
 
 
 def _optimizers(config: "DistillConfig") -> Optimizers:
-    clip = optax.clip_by_global_norm(10.0)
+    """AdamW at the flags' rates; clipping and the head's momentum are a preset's where there is one."""
+    published = None if config.preset == "none" else PRESETS[config.preset]
+    clip_critics, b1 = (10.0, 0.5) if published is None else (published.clip_critics, 0.9)
     rate: Any = config.learning_rate
     if config.decay_steps:
         rate = optax.cosine_decay_schedule(rate, config.decay_steps, alpha=0.1)
@@ -171,17 +176,21 @@ def _optimizers(config: "DistillConfig") -> Optimizers:
     def adamw(learning_rate, **options):
         return optax.adamw(learning_rate, weight_decay=config.weight_decay, **options)
 
+    def clipped(optimizer, norm):
+        return optax.chain(optax.clip_by_global_norm(norm), optimizer) if norm else optimizer
+
+    head = adamw(config.head_learning_rate, b1=b1)
     return Optimizers(
-        student=optax.chain(clip, adamw(rate)),
-        fake=optax.chain(clip, adamw(config.fake_learning_rate)),
-        head=adamw(config.head_learning_rate, b1=0.5),
+        student=clipped(adamw(rate), 10.0),
+        fake=clipped(adamw(config.fake_learning_rate), clip_critics),
+        head=head if published is None else clipped(head, clip_critics),
     )
 
 
-def _quick_evaluation(network: NetworkConfig, judge: Judge):
+def _quick_evaluation(network: NetworkConfig, judge: Judge, sigma_init: float):
     """The student's Fréchet distance and class consistency from one draw as large as the training set."""
     labels = labels_in_turn(judge.num_train, network.num_classes)
-    draw = Drawer(one_step_generate(network), network.image_shape, judge.num_train, labels)
+    draw = Drawer(one_step_generate(network, sigma_init), network.image_shape, judge.num_train, labels)
 
     def evaluate(state, key):
         images = judge.scale.to_pixels(draw(student_variables(state), key))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from poise.fdistill import FDistillConfig, student_variables
+from poise.fdistill import student_variables
+from poise.launch.distill_phases import settings_of
 from poise.launch.drawing import draw_sets, many_steps_generate, one_step_generate
 from poise.launch.export import Student, save_student
 from poise.launch.files import atomic_path
@@ -59,7 +60,7 @@ def write_results(
     Returns:
       The content of ``report.json``.
     """
-    sigma_init = FDistillConfig.sigma_init
+    sigma_init = settings_of(config, network.sigma_data).sigma_init
     rows = _row_labels(train.get("label"), class_names)
     teacher = result.state.frozen["teacher"]
     student = Student(network, jax.device_get(student_variables(result.state)), sigma_init, judge.scale)

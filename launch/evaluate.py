@@ -12,6 +12,7 @@ import importlib
 import json
 import pathlib
 import sys
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class EvaluateConfig:
         validate(self)
         if not self.workdir:
             raise ConfigError("workdir must name the folder of a finished run, got an empty text")
+        object.__setattr__(self, "workdir", str(pathlib.Path(self.workdir).expanduser()))
         if self.nfe % 2 == 0:
             raise ConfigError(f"nfe must be odd: n Heun steps take 2n - 1 evaluations, got {self.nfe}")
         if self.features != PIXELS and not all(self.features.partition(":")):
@@ -162,22 +164,24 @@ def summarize(batches: Iterable[Any], function: Callable[[Any], Any], keep: int,
     from poise.metrics import finalize_moments, init_moments, update_moments
 
     running, kept, count = None, [], 0
-    with jax.enable_x64(True), tqdm.tqdm(desc=what, unit=" images", disable=None) as bar:
-        for images in batches:
+    with tqdm.tqdm(desc=what, unit=" images", disable=None) as bar:
+        for images in batches:  # drawn and judged in the precision that they always have; only the sums are in float64
             features = np.asarray(function(images), np.float64)
             if features.ndim != 2 or len(features) != len(images) or not np.isfinite(features).all():
                 raise ConfigError(
                     f"features must be finite and of shape [{len(images)}, D] for {len(images)} images, "
                     f"got shape {list(features.shape)}"
                 )
-            running = init_moments(features.shape[1], np.float64) if running is None else running
-            running = update_moments(running, features)
+            with jax.enable_x64(True):
+                running = init_moments(features.shape[1], np.float64) if running is None else running
+                running = update_moments(running, features)
             if count < keep:
                 kept.append(features[: keep - count])
             count += len(images)
             bar.update(len(images))
         if count < 2:
             raise ConfigError(f"there must be at least 2 {what}, got {count}")
+    with jax.enable_x64(True):
         mean, cov = finalize_moments(running)
     dim = len(mean)
     return Summary(np.asarray(mean), np.asarray(cov), np.concatenate([np.empty((0, dim)), *kept]), count)
@@ -194,7 +198,7 @@ def read_statistics(path: str) -> Summary:
     try:
         with np.load(pathlib.Path(path).expanduser(), allow_pickle=False) as archive:
             mean, cov = (np.asarray(archive[name], np.float64) for name in ("mu", "sigma"))
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ConfigError(f"reference: {path} holds no arrays mu and sigma: {' '.join(str(error).split())}") from error
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise ConfigError(
@@ -217,9 +221,7 @@ def write_statistics(path: str, summary: Summary) -> None:
 
 
 def _real_images(config: EvaluateConfig, network: Any) -> Iterator[Any]:
-    import numpy as np
-
-    from poise.launch.image_sets import open_images
+    from poise.launch.image_sets import fixed_order, open_images
     from poise.launch.runs import read_config
 
     of_run = read_config(config.workdir)
@@ -231,8 +233,9 @@ def _real_images(config: EvaluateConfig, network: Any) -> Iterator[Any]:
     images = splits.train if config.split == "train" else splits.held_out
     if images.image_shape != network.image_shape:
         raise ConfigError(f"data must hold images of shape {network.image_shape}, got {images.image_shape}")
+    order = fixed_order(len(images))  # a folder's own order is by class
     for first in range(0, len(images), config.batch_size):
-        yield images.read(np.arange(first, min(first + config.batch_size, len(images))))["image"]
+        yield images.read(order[first : first + config.batch_size])["image"]
 
 
 def _drawn_images(config: EvaluateConfig, found: Any) -> Iterator[Any]:

@@ -81,12 +81,11 @@ def save_student(path: str | os.PathLike, student: Student) -> None:
     Example:
       >>> import jax, jax.numpy as jnp, pathlib, tempfile
       >>> from poise.launch import Student, load_student, save_student
-      >>> from poise.launch.networks import NetworkConfig, build_network, check_variables
+      >>> from poise.launch.networks import NetworkConfig, abstract_variables
       >>> from poise.launch.pixels import PixelScale
-      >>> network = NetworkConfig((8, 8, 1), 10, 4, (1,), 1, ())
-      >>> inputs = jnp.zeros((1, 8, 8, 1)), jnp.ones(1), jnp.zeros(1, jnp.int32)
-      >>> shapes = jax.eval_shape(build_network(network).init, jax.random.key(0), *inputs)
-      >>> variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+      >>> unet = {"model_type": "SongUNet", "model_channels": 4, "channel_mult": (1,), "num_blocks": 1}
+      >>> network = NetworkConfig({"img_resolution": 8, "img_channels": 1, "label_dim": 10, **unet})
+      >>> variables = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract_variables(network))
       >>> file = pathlib.Path(tempfile.mkdtemp()) / "student.safetensors"
       >>> save_student(file, Student(network, variables, 80.0, PixelScale(4.9, 6.0, 16)))
       >>> load_student(file).network.num_classes
@@ -131,7 +130,7 @@ def load_student(path: str | os.PathLike) -> Student:
     """
     from safetensors import SafetensorError, safe_open
 
-    file = pathlib.Path(path)
+    file = pathlib.Path(path).expanduser()
     file = file / "student.safetensors" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no student at {file}: is the run finished?")

@@ -13,7 +13,8 @@ import numpy as np
 from poise.launch.data import DataError, epoch_order
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_HELD_OUT_SHARE, _HELD_OUT_MOST = 10, 5_000  # a tenth, and no more than this many images
+# A tenth is held out, within these bounds; precision and recall take the 5 nearest neighbours.
+_HELD_OUT_SHARE, _HELD_OUT_LEAST, _HELD_OUT_MOST = 10, 10, 5_000
 _SPLIT_SEED = 20240  # of the one fixed shuffle before a folder's images are cut into training and held-out ones
 _READERS = 16
 
@@ -106,6 +107,27 @@ class Subset:
         return self._images.read(self._indices[indices])
 
 
+class Unlabelled:
+    """A set without its labels, for networks without classes.
+
+    Args:
+      images: the set.
+    """
+
+    class_names = ()
+
+    def __init__(self, images: ImageSet):
+        self._images = images
+        self.image_shape, self.maximum = images.image_shape, images.maximum
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """The images of these indices."""
+        return {"image": self._images.read(indices)["image"]}
+
+
 class FolderImages:
     """A folder of image files, read when they are needed.
 
@@ -150,20 +172,28 @@ class FolderImages:
 
         try:
             with Image.open(path) as image:
-                grey = image.mode in ("1", "L", "I", "I;16")
-                image = image.convert("L" if grey and self.image_shape[2] != 3 else "RGB")
+                if image.mode.startswith(("I", "F")):
+                    raise DataError(f"the image {path} has more than 8 bits a pixel (mode {image.mode}): convert it")
+                grey = image.mode in ("1", "L", "LA") and self.image_shape[2] != 3
+                image = image.convert("L" if grey else "RGB")
                 if self._size:
                     side = min(image.size)
                     left, top = (image.width - side) // 2, (image.height - side) // 2
                     image = image.crop((left, top, left + side, top + side))
                     image = image.resize((self._size, self._size), Image.Resampling.LANCZOS)
                 pixels = np.asarray(image, np.uint8)
+        except DataError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             raise DataError(f"the image {path} cannot be read: {' '.join(str(error).split())}") from error
         pixels = pixels[..., None] if pixels.ndim == 2 else pixels
         if pixels.shape[0] != pixels.shape[1]:
             raise DataError(f"the image {path} is not square (it has {pixels.shape[1]}x{pixels.shape[0]} pixels); "
                             "--image_size=N crops and resizes all images")  # fmt: skip
+        if self.image_shape[0] and pixels.shape[2] != self.image_shape[2]:
+            raise DataError(
+                f"the image {path} is in colour, the first of its folder is grey: make all of them one kind"
+            )
         if self.image_shape[0] and pixels.shape != self.image_shape:
             raise DataError(
                 f"the image {path} has shape {list(pixels.shape)}, the first of its folder has "
@@ -181,15 +211,16 @@ def _labels(root: pathlib.Path, files: Sequence[pathlib.Path]) -> tuple[np.ndarr
             table = None if entries is None else {str(name): int(label) for name, label in entries}
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise DataError(f"{listed} is no list of labels: {error}") from error
-        if table is not None:
-            if missing := [name for name in names if name not in table]:
-                raise DataError(f"{listed} has no label for {len(missing)} images, the first is {missing[0]}")
-            labels = np.array([table[name] for name in names], np.int32)
-            if labels.min() < 0:
-                raise DataError(f"{listed} has the label {labels.min()}; labels count from 0")
-            return labels, tuple(str(i) for i in range(int(labels.max()) + 1))
+        if table is None:
+            return None, ()  # no classes, whatever the subfolders are called
+        if missing := [name for name in names if name not in table]:
+            raise DataError(f"{listed} has no label for {len(missing)} images, the first is {missing[0]}")
+        labels = np.array([table[name] for name in names], np.int32)
+        if labels.min() < 0:
+            raise DataError(f"{listed} has the label {labels.min()}; labels count from 0")
+        return labels, tuple(str(i) for i in range(int(labels.max()) + 1))
     parents = [name.rpartition("/")[0] for name in names]
-    classes = sorted(set(parents), key=_natural)
+    classes = sorted(set(parents), key=lambda name: (_natural(name), name))
     if len(classes) < 2 or "" in classes:
         return None, ()
     numbers = {name: i for i, name in enumerate(classes)}
@@ -252,10 +283,15 @@ class TfdsImages:
 
 
 def first_images(images: ImageSet, number: int) -> dict[str, np.ndarray]:
-    """The whole set where it is no larger than ``number``, else that many of its images, by a fixed shuffle."""
-    if len(images) <= number:
+    """Up to ``number`` images of a set, by a fixed shuffle; the digits, which are shuffled already, in their order."""
+    if isinstance(images, ArrayImages) and len(images) <= number:
         return images.read(np.arange(len(images)))
-    return images.read(np.sort(epoch_order(_SPLIT_SEED, 0, len(images))[:number]))
+    return images.read(fixed_order(len(images))[:number])
+
+
+def fixed_order(number: int) -> np.ndarray:
+    """One fixed shuffle of this many examples, so that the first of them are no special ones."""
+    return epoch_order(_SPLIT_SEED, 0, number)
 
 
 def open_images(data: str, data_dir: str | os.PathLike[str], image_size: int = 0) -> ImageSplits:
@@ -298,11 +334,14 @@ def open_images(data: str, data_dir: str | os.PathLike[str], image_size: int = 0
                 if getattr(train, what) != getattr(test, what):
                     raise DataError(f"{root}/train and {root}/test differ in their {what.replace('_', ' ')}: "
                                     f"{getattr(train, what)} and {getattr(test, what)}")  # fmt: skip
+            for split, part in (("train", train), ("test", test)):
+                if len(part) < _HELD_OUT_LEAST:
+                    raise DataError(f"{root}/{split} must hold at least {_HELD_OUT_LEAST} images, got {len(part)}")
             return ImageSplits(train, test)
         images = FolderImages(root, image_size)
-        if len(images) < 20:
-            raise DataError(f"the folder {root} must hold at least 20 images, got {len(images)}")
-        order = epoch_order(_SPLIT_SEED, 0, len(images))
-        held_out = min(len(images) // _HELD_OUT_SHARE, _HELD_OUT_MOST)
+        if len(images) < 2 * _HELD_OUT_LEAST:
+            raise DataError(f"the folder {root} must hold at least {2 * _HELD_OUT_LEAST} images, got {len(images)}")
+        order = fixed_order(len(images))
+        held_out = min(max(len(images) // _HELD_OUT_SHARE, _HELD_OUT_LEAST), _HELD_OUT_MOST)
         return ImageSplits(Subset(images, np.sort(order[held_out:])), Subset(images, np.sort(order[:held_out])))
     raise DataError(f"data must be digits, tfds:NAME or folder:PATH, got {data!r}")

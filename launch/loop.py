@@ -214,7 +214,7 @@ class _Run:
         for writer in self.writers:
             writer.begin([phase.name for phase in self.phases], origin)
         first = 0
-        self.state = self.start
+        self.state, self.start = self.start, None  # no second hold on it, once a phase has begun
         if restored is not None:
             self.seconds = dict(restored.seconds)
             self.console.line(f"going on from step {restored.step} of phase {self.phases[restored.phase].name!r}")

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from poise.fdistill import (
+    FDistillConfig,
     GaussianMixture,
     Optimizers,
     Oracles,
@@ -74,7 +75,7 @@ def run_mixture2d(config: "DistillConfig", workdir: pathlib.Path) -> None:
 
 
 def _phases(config: "DistillConfig", net: Any, mixture: GaussianMixture, points: np.ndarray) -> tuple[Phase, Phase]:
-    settings = dataclasses.replace(settings_of(config, net.sigma_data), head_features="own")
+    settings = _settings(config)
     rate: Any = config.learning_rate
     if config.decay_steps:
         rate = optax.cosine_decay_schedule(rate, config.decay_steps, alpha=0.1)
@@ -103,15 +104,19 @@ def _phases(config: "DistillConfig", net: Any, mixture: GaussianMixture, points:
         make_algorithm=lambda warm: distillation(config=settings, start=warm),
         data=InMemory({"image": points}, config.batch_size, config.seed, cycle=config.fake_updates),
         num_steps=config.steps,
-        evaluate=lambda state, key: figures(_draw(state, key), mixture),
+        evaluate=lambda state, key: figures(_draw(state, key, settings.sigma_init), mixture),
         evaluate_every=config.eval_every,
     )
     return warmup, distill
 
 
-def _draw(state: Any, key: jax.Array) -> jax.Array:
+def _settings(config: "DistillConfig") -> FDistillConfig:
+    return dataclasses.replace(settings_of(config, 0.5), head_features="own", train_features=False)
+
+
+def _draw(state: Any, key: jax.Array, sigma_init: float) -> jax.Array:
     latents = jax.random.normal(key, (_DRAWN, 2))
-    return one_step(_STUDENT, student_variables(state), latents, None)
+    return one_step(_STUDENT, student_variables(state), latents, None, sigma_init=sigma_init)
 
 
 def figures(samples: jax.Array, mixture: GaussianMixture) -> dict[str, float]:
@@ -134,7 +139,7 @@ def _write_results(
 ) -> None:
     state = result.state
     key = jax.random.fold_in(jax.random.key(config.seed), 2**31 - 1)
-    samples = _draw(state, key)
+    samples = _draw(state, key, _settings(config).sigma_init)
     params = student_variables(state)["params"]
     student = GaussianMixture(
         jnp.ones((1,)), params["bias"][None], (params["kernel"].T @ params["kernel"])[None]

@@ -1,7 +1,7 @@
 """Draws images from a finished run: ``python -m poise.launch.sample --workdir=runs/digits --num=64 --nfe=1``.
 
-One evaluation of the network per image is the student, more are its teacher. The images go to a PNG, as a grid, and to
-an ``.npz`` file with the arrays ``image`` (uint8) and, with classes, ``label``.
+One evaluation of the network per image is the student, more are its teacher. The images go to a PNG, as a grid of up to
+1,024, and to an ``.npz`` file with the arrays ``image`` (uint8) and, with classes, ``label``.
 """
 
 import dataclasses
@@ -11,6 +11,8 @@ from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
+
+_SHOWN = 1024  # images in the grid, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class SampleConfig:
         validate(self)
         if not self.workdir:
             raise ConfigError("workdir must name the folder of a finished run, got an empty text")
+        object.__setattr__(self, "workdir", str(pathlib.Path(self.workdir).expanduser()))
         if self.nfe % 2 == 0:
             raise ConfigError(f"nfe must be odd: n Heun steps take 2n - 1 evaluations, got {self.nfe}")
 
@@ -67,7 +70,7 @@ def run(config: SampleConfig) -> None:
     arrays = {"image": images} if labels is None else {"image": images, "label": labels}
     with atomic_path(output.with_name(f"{output.name}.npz")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
-    grid_picture(output.with_name(f"{output.name}.png"), images, found.scale.maximum)
+    grid_picture(output.with_name(f"{output.name}.png"), images[:_SHOWN], found.scale.maximum)
     print(f"{config.num} images with {config.nfe} evaluations each: {output}.png, {output}.npz")
 
 

@@ -92,12 +92,12 @@ def save_teacher(directory: str | os.PathLike[str], teacher: Teacher) -> None:
 
 
 def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The content of ``teacher.json``, with ``network`` and ``scale`` as values.
+    """What ``teacher.json`` says: ``network``, ``scale`` and ``class_names``, and where the ``checkpoint`` is.
 
     Raises:
-      TeacherError: if there is none, or it is damaged.
+      TeacherError: if there is none, it is damaged, or the teacher isn't finished.
     """
-    path = pathlib.Path(directory).expanduser() / DESCRIPTION
+    path = pathlib.Path(directory).expanduser().absolute() / DESCRIPTION
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -111,9 +111,13 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
         if content["format"] != _FORMAT or content["version"] != _VERSION:
             raise ValueError(f"its format is {content['format']!r}, version {content['version']}")
         network, scale = NetworkConfig.from_json(content["network"]), PixelScale(**content["scale"])
-        return {**content, "network": network, "scale": scale, "class_names": tuple(content["class_names"])}
+        last = path.parent / "checkpoints" / f"00_{PHASE}" / str(content["num_steps"])
+        found = {"network": network, "scale": scale, "class_names": tuple(content["class_names"]), "checkpoint": last}
     except (KeyError, TypeError, ValueError) as error:
         raise TeacherError(f"{path} describes no teacher that this release reads: {error}") from error
+    if not last.is_dir():
+        raise TeacherError(f"the teacher in {path.parent} isn't finished: there is no checkpoint {last}")
+    return found
 
 
 def load_teacher(directory: str | os.PathLike[str]) -> Teacher:
@@ -130,16 +134,11 @@ def load_teacher(directory: str | os.PathLike[str]) -> Teacher:
         names the first that differs.
       CheckpointError: if it is damaged.
     """
-    root = pathlib.Path(directory).expanduser().absolute()
-    content = read_description(root)
-    folder = root / "checkpoints" / f"00_{PHASE}"
-    last = folder / str(content["num_steps"])
-    if not last.is_dir():
-        raise TeacherError(f"the teacher in {root} isn't finished: there is no checkpoint {last}")
-    tree = restore_tree(last)
+    content = read_description(directory)
+    tree = restore_tree(content["checkpoint"])
     variables = {**tree.get("constants", {}), "params": tree["ema"]}
     try:
         check_variables(content["network"], variables)
     except ValueError as error:
-        raise TeacherError(f"the teacher in {root} does not fit its network: {error}") from error
+        raise TeacherError(f"the teacher in {directory} does not fit its network: {error}") from error
     return Teacher(content["network"], variables, content["scale"], content["class_names"])

@@ -141,17 +141,22 @@ def test_batches_made_in_advance_are_the_same_and_failures_arrive():
         return {"x": indices}
 
     plain = Shuffled(read, num_examples=7, batch_size=3, seed=1, cycle=2)
-    ahead = Prefetched(plain, ahead=2)
+    ahead = Prefetched(plain, num_steps=4, ahead=2)
     assert (ahead.batch_axis, ahead.batch_size) == (1, 3)
     assert ahead.batch(0)["x"].shape == (2, 3)
     assert len(calls) == 1  # nothing in advance for a look at the first batch
     for step in (1, 2, 3, 9, 0, 1):
         np.testing.assert_array_equal(ahead.batch(step)["x"], plain.batch(step)["x"])
 
+    counted = len(calls)
+    few = Prefetched(plain, num_steps=2, ahead=2)
+    few.batch(0), few.batch(1)
+    assert len(calls) - counted == 2  # none beyond the last
+
     def broken(indices):
         raise DataError("the image a.png cannot be read")
 
     with pytest.raises(DataError, match=r"a\.png"):
-        Prefetched(Shuffled(broken, 7, 3, 1)).batch(0)
+        Prefetched(Shuffled(broken, 7, 3, 1), 5).batch(0)
     with pytest.raises(ValueError, match="ahead must be at least 1, got 0"):
-        Prefetched(plain, ahead=0)
+        Prefetched(plain, 4, ahead=0)

@@ -48,6 +48,20 @@ def test_the_digits_recipe_is_the_default():
     assert DistillConfig(**RECIPES["digits"]) == DistillConfig()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe=mixture2d", "--guidance_scale=2"], "guidance_scale must be 1 for data=mixture2d, got 2"),
+        (["--preset=dmd2_no_gan"], "discriminator_weight must be above 0"),
+        (["--feature_levels=2"], "feature_levels must be levels of the network, from -2 to 1, got 2"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused_before_anything_is_written(flags, message, tmp_path, capsys):
+    assert distill.main([f"--workdir={tmp_path}/run", *flags]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["dmd2", "fastgen"])
 def test_presets_combine_with_flags(name):
     settings = settings_of(DistillConfig(preset=name, divergence="reverse_kl", gan_weight=0.5), 0.5)

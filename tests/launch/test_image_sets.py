@@ -8,7 +8,15 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from poise.launch.data import DataError
-from poise.launch.image_sets import ArrayImages, FolderImages, Subset, TfdsImages, first_images, open_images
+from poise.launch.image_sets import (
+    ArrayImages,
+    FolderImages,
+    Subset,
+    TfdsImages,
+    Unlabelled,
+    first_images,
+    open_images,
+)
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 6, 6, 3)).astype(np.uint8)
@@ -49,6 +57,8 @@ def test_a_list_of_labels_counts_more_than_folders(by_class):
     (by_class / "dataset.json").write_text(json.dumps({"labels": [[name, 0] for name in names[1:]]}))
     with pytest.raises(DataError, match=f"no label for 1 images, the first is {names[0]}"):
         FolderImages(by_class)
+    (by_class / "dataset.json").write_text('{"labels": null}')
+    assert FolderImages(by_class).class_names == ()
     (by_class / "dataset.json").write_text("[1")
     with pytest.raises(DataError, match="is no list of labels"):
         FolderImages(by_class)
@@ -86,6 +96,27 @@ def test_damaged_and_odd_files_are_named(by_class, tmp_path):
         images.read(np.arange(24))
 
 
+def test_pictures_of_more_than_8_bits_or_of_two_kinds_are_named(tmp_path):
+    write(tmp_path / "a.png", PIXELS[0, ..., 0])
+    write(tmp_path / "b.png", PIXELS[1])
+    with pytest.raises(DataError, match=r"b\.png is in colour, the first of its folder is grey"):
+        FolderImages(tmp_path).read(np.arange(2))
+    write(tmp_path / "0.png", PIXELS[0, ..., 0].astype(np.uint16) * 200)
+    with pytest.raises(DataError, match=r"0\.png has more than 8 bits a pixel \(mode I;16\)"):
+        FolderImages(tmp_path)
+
+
+def test_labels_can_be_left_out():
+    images = Unlabelled(ArrayImages(PIXELS, np.arange(24), tuple("abcdefghijklmnopqrstuvwx")))
+    assert (len(images), images.class_names, images.image_shape, images.maximum) == (24, (), (6, 6, 3), 255)
+    assert list(images.read(np.arange(3))) == ["image"]
+
+
+def test_the_first_images_of_a_folder_are_of_all_classes(by_class):
+    assert set(first_images(FolderImages(by_class), 12)["label"]) == {0, 1, 2}
+    assert set(first_images(FolderImages(by_class), 100)["label"][:10]) == {0, 1, 2}
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -103,11 +134,13 @@ def test_what_is_not_there_is_named(tmp_path, data, message):
 
 def test_a_folder_is_split_once_and_for_all(by_class):
     train, held_out = open_images(f"folder:{by_class}", "")
-    assert (len(train), len(held_out)) == (22, 2)
+    assert (len(train), len(held_out)) == (14, 10)
     both = np.concatenate([part.read(np.arange(len(part)))["image"] for part in (train, held_out)])
     assert sorted(image.tobytes() for image in both) == sorted(image.tobytes() for image in PIXELS)
     again = open_images(f"folder:{by_class}", "").held_out
-    np.testing.assert_array_equal(held_out.read(np.arange(2))["image"], again.read(np.arange(2))["image"])
+    np.testing.assert_array_equal(held_out.read(np.arange(9))["image"], again.read(np.arange(9))["image"])
+    with pytest.raises(DataError, match="must hold at least 20 images, got 8"):
+        open_images(f"folder:{by_class / 'class1'}", "")
 
 
 def test_a_folder_may_come_in_two_parts(tmp_path):
@@ -116,8 +149,12 @@ def test_a_folder_may_come_in_two_parts(tmp_path):
     with pytest.raises(DataError, match="differ in their class names"):
         open_images(f"folder:{tmp_path}", "")  # multiples of four are even: the test part lacks a class
     write(tmp_path / "test" / "c1" / "x.png", PIXELS[0])
+    with pytest.raises(DataError, match="/test must hold at least 10 images, got 7"):
+        open_images(f"folder:{tmp_path}", "")
+    for i in range(3):
+        write(tmp_path / "test" / "c1" / f"x{i}.png", PIXELS[i])
     train, held_out = open_images(f"folder:{tmp_path}", "")
-    assert (len(train), len(held_out), train.class_names) == (18, 7, ("c0", "c1"))
+    assert (len(train), len(held_out), train.class_names) == (18, 10, ("c0", "c1"))
 
 
 def test_digits_are_a_set_like_the_others(tmp_path):
