@@ -27,7 +27,7 @@ def attention_fn(attention: Callable[..., Array] = softplus_attention, **options
 
     Raises:
       TypeError: if the attention function doesn't know an option.
-      ValueError: when the result is called with dropout or with weights to be recorded.
+      ValueError: when the result is called with dropout, with weights to be recorded, or with a window in decoding.
 
     Example:
       >>> import flax.linen as nn, jax
@@ -66,6 +66,12 @@ def attention_fn(attention: Callable[..., Array] = softplus_attention, **options
             raise ValueError("sow_weights must be False: attention weights are never held to be recorded")
         if precision is not None:
             raise ValueError("precision must be None; set jax.default_matmul_precision around the call instead")
+        window = options.get("local_window_size", getattr(attention, "keywords", {}).get("local_window_size"))
+        if window is not None and query.shape[-3] != key.shape[-3]:
+            raise ValueError(
+                "local_window_size must be None where queries and keys differ in number, as in decoding with Flax's "
+                f"cache, whose place it can't know, got {window} for {query.shape[-3]} queries and {key.shape[-3]} keys"
+            )
         dtype = jnp.result_type(query, key, value) if dtype is None else dtype
         query, key, value = (jnp.asarray(x, dtype) for x in (query, key, value))
         batch = query.shape[:-3]

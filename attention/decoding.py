@@ -10,6 +10,8 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from poise.attention.softplus_attention import softplus_attention
 from poise.core.arguments import check_count
 
+_OF_THE_CACHE = ("is_causal", "mask", "query_seq_lengths", "key_value_seq_lengths", "segment_ids")
+
 
 class KeyValueCache(NamedTuple):
     """Keys and values so far; a pytree for ``scan``.
@@ -86,13 +88,15 @@ def attend_with_cache(
       attention: :func:`poise.attention.softplus_attention`, :func:`poise.attention.dot_product_attention` or any
         function with their arguments.
       new_lengths: ``[batch]``, how many of the new entries count; later ones are padding. None for all.
-      **options: options of the attention function.
+      **options: options of the attention function, added to those that a ``functools.partial`` has bound. A
+        ``local_window_size`` counts from each entry's place in the whole sequence. Causality and lengths are the
+        cache's business.
 
     Returns:
       Outputs and the longer cache. Outputs of padding are zeros.
 
     Raises:
-      ValueError: if shapes don't fit the cache.
+      ValueError: if shapes don't fit the cache, or an option says what the cache already knows.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -109,6 +113,13 @@ def attend_with_cache(
     for name, new, old in (("key", key, cache.key), ("value", value, cache.value)):
         if new.shape[:1] + new.shape[2:] != old.shape[:1] + old.shape[2:]:
             raise ValueError(f"{name} must fit the cache of shape {old.shape}, got {new.shape}")
+    bound = {**getattr(attention, "keywords", {}), **options}
+    for name in _OF_THE_CACHE:
+        if bound.get(name) is not None and bound[name] is not False:
+            raise ValueError(f"{name} must not be given, since the cache knows what each entry sees, got {bound[name]}")
+    window = bound.get("local_window_size")
+    if "local_window_size" in bound:
+        options = {**options, "local_window_size": None}
     batch, length = query.shape[:2]
     max_length = cache.key.shape[1]
     steps = jnp.arange(length)
@@ -122,6 +133,9 @@ def attend_with_cache(
     keys = jax.vmap(append)(cache.key, key, places)
     values = jax.vmap(append)(cache.value, value, places)
     mask = (jnp.arange(max_length) <= places[..., None]) & counted[..., None]
+    if window is not None:
+        left = window if isinstance(window, int) else window[0]
+        mask &= jnp.arange(max_length) >= places[..., None] - left
     out = attention(query, keys.astype(query.dtype), values.astype(query.dtype), mask=mask[:, None], **options)
     full = counted & (places >= max_length)
     out = jnp.where(full[..., None, None], jnp.nan, out)

@@ -88,3 +88,12 @@ def test_what_has_no_place_is_refused(x):
         layer.init_with_output(jax.random.key(0), x, sow_weights=True)
     with pytest.raises(ValueError, match="precision must be None"):
         attention_fn()(*3 * (jnp.ones((1, 3, 1, 4)),), precision="highest")
+
+
+def test_a_window_is_refused_in_decoding_where_it_cannot_know_its_place(x):
+    attend = attention_fn(local_window_size=(2, 0))
+    query = jnp.ones((1, 1, 2, 4))
+    key = jnp.ones((1, 6, 2, 4))
+    with pytest.raises(ValueError, match=r"local_window_size must be None .* 1 queries and 6 keys"):
+        attend(query, key, key)
+    assert attend(key, key, key).shape == key.shape

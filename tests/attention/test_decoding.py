@@ -49,3 +49,20 @@ def test_bad_input(draw):
         attend_with_cache(query, key, value, init_cache(2, 9, 2, 4, 2))
     with pytest.raises(ValueError, match="max_length must be at least 1, got 0"):
         init_cache(2, 0, 2, 4)
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_window_counts_from_each_entry_s_own_place(draw, bound):
+    query, key, value = draw(queries=7, keys=7)
+    whole = softplus_attention(query, key, value, is_causal=True, local_window_size=(2, 0))
+    attention, options = softplus_attention, {"local_window_size": (2, 0)}
+    if bound:
+        attention, options = functools.partial(softplus_attention, local_window_size=(2, 0)), {}
+    cache, parts = init_cache(2, 8, 2, 4, 3), []
+    for piece in (slice(0, 4), slice(4, 6), slice(6, 7)):
+        inputs = (x[:, piece] for x in (query, key, value))
+        out, cache = attend_with_cache(*inputs, cache, attention=attention, **options)
+        parts.append(out)
+    np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="is_causal must not be given"):
+        attend_with_cache(query, key, value, cache, is_causal=True)
