@@ -35,7 +35,7 @@ OF_SOFTMAX = ("xla", "xla_chunked")
 UNKNOWN = {"pallas_interpret": ("mask", "mask_broadcast", "bias")}
 PAIRS = [
     (name, implementation)
-    for name in ("softmax", "lssa", "lssar_15")
+    for name in ("softmax", "lssar_15")
     for implementation in IMPLEMENTATIONS
     if name != "softmax" or implementation in OF_SOFTMAX
 ]
@@ -86,7 +86,9 @@ MASKED = [
     (name, implementation, which)
     for name in FUNCTIONS
     for implementation in IMPLEMENTATIONS
-    for which in (WHICH if name in THOROUGH else ("causal_window",))
+    for which in (
+        WHICH if name in THOROUGH else ("causal_window",) if name == "lssa" or implementation != "xla" else ()
+    )
     if which not in UNKNOWN.get(implementation, ()) and (name[:7] != "softmax" or implementation in OF_SOFTMAX)
 ]
 
@@ -223,7 +225,10 @@ def test_dtypes(name, implementation, run, draw, cotangent):
         np.testing.assert_allclose(out, exact, rtol=1e-3, atol=1e-5)
 
 
-@every_pair
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [("softmax", "xla_chunked"), *((n, i) for n in ("lssa", "lssar_15") for i in IMPLEMENTATIONS)],
+)
 def test_residuals(name, implementation, draw, quick_jit):
     arrays = draw()
     function = functools.partial(attend(name, implementation), is_causal=True, return_residual=True)
@@ -236,11 +241,17 @@ def test_residuals(name, implementation, draw, quick_jit):
         np.testing.assert_allclose(statistic, other, rtol=1e-5)
 
 
-BIASED = [pair for pair in PAIRS if "bias" not in UNKNOWN.get(pair[1], ())]
+BIASED = [
+    ("softmax", "xla", (2, 4, 7, 7)),
+    ("softmax", "xla_chunked", (2, 4, 7, 7)),
+    ("lssar_15", "xla", (1, 4, 1, 7)),
+    ("lssar_15", "xla_chunked", (2, 4, 7, 7)),
+    ("lssar_15", "xla_chunked", (1, 4, 1, 7)),
+    ("lssar_15", "xla_chunked", (2, 1, 7, 1)),
+]
 
 
-@pytest.mark.parametrize(("name", "implementation"), BIASED)
-@pytest.mark.parametrize("shape", [(2, 4, 7, 7), (1, 1, 7, 7), (1, 4, 1, 7), (2, 1, 7, 1)])
+@pytest.mark.parametrize(("name", "implementation", "shape"), BIASED)
 def test_bias_and_its_gradient(name, implementation, shape, draw, reference, cotangent, quick_jit):
     arrays = draw()
     bias = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
@@ -269,7 +280,7 @@ def test_bias_and_its_gradient(name, implementation, shape, draw, reference, cot
 
 
 @pytest.mark.parametrize("implementation", [name for name in IMPLEMENTATIONS if name != "xla"])
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
     name=st.sampled_from(["lssar_3", "softmax"]),
     queries=st.integers(1, 9),

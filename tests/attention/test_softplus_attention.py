@@ -57,7 +57,7 @@ def test_gradients_are_those_of_finite_differences(implementation, draw, quick_j
     with jax.enable_x64():
         arrays = draw(batch=1, queries=9, keys=9, dtype=np.float64)
         directions = draw(batch=1, queries=9, keys=9, dtype=np.float64, seed=1)
-        for options in ({"reweight": False}, {"power": 1.0}, {"power": 1.5}, {"power": 3.0}, {"power": 15.0}):
+        for options in ({"reweight": False}, {"power": 1.0}, {"power": 1.5}, {"power": 15.0}):
             function = attend(implementation, is_causal=True, **options)
 
             run = quick_jit(jax.value_and_grad(lambda arrays, f=function: jnp.sum(jnp.sin(f(*arrays)))))
@@ -108,16 +108,15 @@ def test_rotating_before_or_after_normalizing_is_the_same(draw):
     def normalize(x):
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
-    before = softplus_attention(rotate(query), rotate(key), value, is_causal=True)
+    before = jax.jit(functools.partial(softplus_attention, is_causal=True))(rotate(query), rotate(key), value)
     scale = jnp.log(4.0) * jnp.log(jnp.arange(1.0, 8.0))[:, None, None]
-    after = softplus_attention(
-        scale * rotate(normalize(query)), rotate(normalize(key)), value, is_causal=True, qk_norm=False, scale=1.0
-    )
+    given = jax.jit(functools.partial(softplus_attention, is_causal=True, qk_norm=False, scale=1.0))
+    after = given(scale * rotate(normalize(query)), rotate(normalize(key)), value)
     np.testing.assert_allclose(before, after, rtol=1e-4, atol=1e-5)
 
 
 @settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(seed=st.integers(0, 99), implementation=st.sampled_from(sorted(IMPLEMENTATIONS)))
+@given(seed=st.integers(0, 99), implementation=st.sampled_from(["xla", "xla_chunked"]))
 def test_order_of_keys_and_hidden_ones_change_nothing(draw, compiled, seed, implementation):
     query, key, value = draw(seed=seed)
     function = compiled(implementation)
@@ -231,8 +230,8 @@ def test_bfloat16_gradients_are_close_to_those_of_the_dense_form(draw, quick_jit
         return quick_jit(jax.grad(lambda *x: function(*x).astype(jnp.float32).sum(), (0, 1, 2)))(*arrays)
 
     found = [gradients(name) for name in IMPLEMENTATIONS]
-    for a, b in zip(*found, strict=True):
-        # both are sums in float32, rounded once
+    for a, b in [pair for other in found[1:] for pair in zip(found[0], other, strict=True)]:
+        # all are sums in float32, rounded once
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=2**-7, atol=1e-5)
 
 
@@ -254,7 +253,7 @@ def test_softmax_is_that_of_jax(draw, quick_jit):
 
 def test_softmax_may_be_reweighted_too(draw):
     query, key, value = draw()
-    out = dot_product_attention(query, key, value, reweight=True, power=3)
+    out = jax.jit(functools.partial(dot_product_attention, reweight=True, power=3))(query, key, value)
     scores = jnp.einsum("btnd,bsnd->bnts", query, jnp.repeat(key, 2, 2)) / 2
     weights = reweight_attention(jax.nn.softmax(scores), power=3)
     np.testing.assert_allclose(
