@@ -22,7 +22,6 @@ import numpy as np
 import optax
 import sklearn.datasets
 
-from poise.core import step_key
 from poise.fdistill import (
     FDistillConfig,
     GaussianMixture,
@@ -42,6 +41,11 @@ NAMES = (
 )  # fmt: skip
 DIM, BANDWIDTH, BATCH, STEPS, WARMUP, CRITICS = 16, 0.08, 256, 300, 100, 5
 NET, HEAD = EDMPrecond(MLP((128, 128))), MLPHead((128, 128))
+
+
+def step_key(seed, phase: int, step):
+    """A key for each step of each phase; unlike ``poise.core.step_key`` for seeds under ``vmap``, too."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), phase), step)
 
 
 @functools.cache

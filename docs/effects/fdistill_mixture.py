@@ -21,7 +21,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from poise.core import step_key
 from poise.fdistill import (
     FDistillConfig,
     GaussianMixture,
@@ -40,6 +39,11 @@ NAMES = (
 )  # fmt: skip
 LINE = GaussianMixture(jnp.array([0.5, 0.5]), jnp.array([[-2.0], [2.0]]), jnp.array([0.5, 0.5]))
 PLANE = GaussianMixture(jnp.array([0.5, 0.5]), jnp.array([[-1.5, 0.0], [1.5, 0.0]]), jnp.array([0.4, 0.4]))
+
+
+def step_key(seed, phase: int, step):
+    """A key for each step of each phase; unlike ``poise.core.step_key`` for seeds under ``vmap``, too."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), phase), step)
 
 
 def exact_run(name: str, levels: tuple[float, ...] = (0.3,), steps: int = 1500) -> np.ndarray:
