@@ -167,7 +167,7 @@ def two_pass_softmax(
     r"""Softmax, $y_i = e^{x_i}/\sum_j e^{x_j}$, that reads its input twice, writes once, and needs no maximum.
 
     The first pass adds up $(M, E) = \bigoplus_j (m_j, n_j)$ with $e^{x_j} = m_j 2^{n_j}$, the second computes
-    $y_i = m_i M^{-1}\,2^{n_i-E}$. Small outputs are about ten times as accurate as those of :func:`jax.nn.softmax`,
+    $y_i = m_i M^{-1}\,2^{n_i-E}$. Small outputs are about seven times as accurate as those of :func:`jax.nn.softmax`,
     which rounds $x - \max x$; values below the normal numbers become 0. On a CPU it is not faster.
 
     Args:
