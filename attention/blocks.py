@@ -143,10 +143,10 @@ def _specs(plan: Plan, operands: Operands) -> Operands:
     """Where each operand's axes lie on the mesh: keys on the axis, rows on all of its devices."""
     batch, keys = plan.batch_axis, plan.axis_name
 
-    def along(x: Array | None, axis: int | None) -> P | None:
+    def along(x: Array | None, axis: int | None) -> Any:
         if x is None:
             return None
-        spec = [None] * x.ndim
+        spec: list[Any] = [None] * x.ndim
         spec[0] = batch if x.shape[0] > 1 else None
         if axis is not None and x.shape[axis] > 1:
             spec[axis] = keys
@@ -204,8 +204,9 @@ def blockwise(forward: Callable, backward: Callable) -> Callable:
             (specs, rows, rows, rows),
             (specs.query, specs.key, specs.value, specs.bias),
         )
-        derivatives = run(operands, out, statistics, cotangents[0])
-        return (Operands(*derivatives, None, jax.tree.map(lambda _: None, operands.visibility)),)
+        query, key, value, bias = run(operands, out, statistics, cotangents[0])
+        none: Any = None  # counts and masks have no derivatives
+        return (Operands(query, key, value, bias, none, jax.tree.map(lambda _: None, operands.visibility)),)
 
     differentiable = jax.custom_vjp(attend, nondiff_argnums=(0,))
     differentiable.defvjp(attend_forward, attend_backward)

@@ -95,7 +95,7 @@ def dot_product_attention(
     References:
       Vaswani et al., *Attention Is All You Need*, https://arxiv.org/abs/1706.03762
     """
-    power = check_softplus_arguments(power, offset_min_keys, reweight, qk_norm, bias)
+    exponent = check_softplus_arguments(power, offset_min_keys, reweight, qk_norm, bias)
     check_implementation(implementation, IMPLEMENTATIONS)
     rows, extent = prepare(
         query,
@@ -116,7 +116,7 @@ def dot_product_attention(
         implementation = "xla"
     implementation = choose_implementation(implementation, extent, block_size)
     if implementation == "xla":
-        out, statistics = _dense(rows, extent, power, offset_min_keys)
+        out, statistics = _dense(rows, extent, exponent, offset_min_keys)
     elif reweight:
         raise ValueError(f"reweight=True is not for implementation={implementation!r}; use 'xla'")
     else:

@@ -197,9 +197,11 @@ def prepare(
         bias = at_least_float32(bias).astype(query.dtype)
         bias = _grouped("bias", bias, batched, full, key_heads)
     extent = _extent(num_queries, num_keys, is_causal, local_window_size)
+    query_segments, key_segments = _segments(segment_ids, batched, batch, num_queries, num_keys)
     visibility = Visibility(
         mask,
-        *_segments(segment_ids, batched, batch, num_queries, num_keys),
+        query_segments,
+        key_segments,
         _lengths("query_seq_lengths", query_seq_lengths, batch, num_queries),
         _lengths("key_value_seq_lengths", key_value_seq_lengths, batch, num_keys),
     )

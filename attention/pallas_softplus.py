@@ -343,7 +343,9 @@ def _attend_forward(kernel: _Kernel, x: _Operands) -> tuple:
 
 def _attend_backward(kernel: _Kernel, saved: tuple, cotangents: tuple) -> tuple[_Operands]:
     x, found = saved
-    return (_Operands(*_backward(kernel, x, found, cotangents[0]), None, None, None),)
+    query, key, value = _backward(kernel, x, found, cotangents[0])
+    none: Any = None  # counts and labels have no derivatives
+    return (_Operands(query, key, value, none, none, none),)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)

@@ -103,7 +103,7 @@ def softplus_attention(
       https://arxiv.org/abs/2501.13428, version 5. Published code adds a small number to both denominators, which with
       $p = 15$ may be larger than they are; here rows are divided by their largest entry first and nothing is added.
     """
-    power = check_softplus_arguments(power, offset_min_keys, reweight, qk_norm, bias)
+    exponent = check_softplus_arguments(power, offset_min_keys, reweight, qk_norm, bias)
     check_implementation(implementation, IMPLEMENTATIONS)
     rows, extent = prepare(
         query,
@@ -122,11 +122,11 @@ def softplus_attention(
     )
     implementation = choose_implementation(implementation, extent, block_size)
     if implementation == "xla":
-        out, statistics = dense_softplus(rows, extent, power, offset_min_keys, return_residual)
+        out, statistics = dense_softplus(rows, extent, exponent, offset_min_keys, return_residual)
     else:
         kernels = implementation.startswith("pallas")
         sizes = PALLAS_BLOCKS if kernels and block_size is None else block_size
-        plan = Plan(extent, power, offset_min_keys, *check_blocks(sizes, extent.num_queries, extent.num_keys))
+        plan = Plan(extent, exponent, offset_min_keys, *check_blocks(sizes, extent.num_queries, extent.num_keys))
         if kernels:
             out, statistics = pallas_softplus(rows, plan, interpret=implementation == "pallas_interpret")
         else:

@@ -86,7 +86,7 @@ def visible_block(
         of_columns = jax.lax.dynamic_slice_in_dim(visibility.key_segments, *columns, axis=1)
         seen = seen & (of_rows[:, :, None] == of_columns[:, None, :])
     seen = seen[:, None, None]
-    return seen if visibility.mask is None else seen & block_of(visibility.mask, rows, columns)
+    return jnp.asarray(seen if visibility.mask is None else seen & block_of(visibility.mask, rows, columns))
 
 
 def pad_axis(x: Array, axis: int, size: int) -> Array:

@@ -162,7 +162,7 @@ def _warmed_up(rate: float | optax.Schedule, steps: int) -> float | optax.Schedu
     if not steps:
         return rate
     rest = rate if callable(rate) else optax.constant_schedule(rate)
-    return optax.join_schedules([optax.linear_schedule(0.0, float(rest(0)), steps), rest], [steps])
+    return optax.join_schedules([optax.linear_schedule(0.0, float(np.asarray(rest(0))), steps), rest], [steps])
 
 
 def _optimizers(config: "DistillConfig") -> Optimizers:

@@ -141,7 +141,7 @@ def _row_labels(labels: np.ndarray | None, class_names: Sequence[str]) -> dict[i
     """The classes that get a row in the picture, the first ones that there are images of; without, blank rows."""
     if labels is None:
         return dict.fromkeys(range(_ROWS), "")
-    return {int(c): class_names[c] for c in np.unique(labels)[:_ROWS]}
+    return {int(c): str(class_names[int(c)]) for c in np.unique(labels)[:_ROWS]}
 
 
 def _rows(images: np.ndarray, labels: np.ndarray | None, rows: Mapping[int, str]) -> np.ndarray:

@@ -179,7 +179,7 @@ def summarize(batches: Iterable[Any], function: Callable[[Any], Any], keep: int,
                 kept.append(features[: keep - count])
             count += len(images)
             bar.update(len(images))
-        if count < 2:
+        if count < 2 or running is None:
             raise ConfigError(f"there must be at least 2 {what}, got {count}")
     with jax.enable_x64(True):
         mean, cov = finalize_moments(running)

@@ -66,6 +66,7 @@ class Student(NamedTuple):
                 if bad.size:
                     raise ValueError(f"labels must be in [0, {classes}), got {int(bad[0])}")
             num_images = labels.shape[0]
+        assert num_images is not None
         latents = jax.random.normal(key, (num_images, *self.network.image_shape))
         x = one_step(build_network(self.network), self.variables, latents, labels, sigma_init=self.sigma_init)
         return self.scale.to_unit(x)

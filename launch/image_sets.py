@@ -54,6 +54,12 @@ class ImageSplits(NamedTuple):
     held_out: ImageSet
 
 
+def shape_of(image: np.ndarray) -> tuple[int, int, int]:
+    """Height, width and channels of an image."""
+    height, width, channels = image.shape
+    return height, width, channels
+
+
 class ArrayImages:
     """Images in memory.
 
@@ -75,7 +81,7 @@ class ArrayImages:
         self, images: np.ndarray, labels: np.ndarray | None = None, class_names: Sequence[str] = (), maximum: int = 255
     ):
         self._images, self._labels = images, labels
-        self.image_shape = images.shape[1:]
+        self.image_shape = shape_of(images[0])
         self.class_names, self.maximum = tuple(class_names), maximum
 
     def __len__(self) -> int:
@@ -114,7 +120,7 @@ class Unlabelled:
       images: the set.
     """
 
-    class_names = ()
+    class_names: tuple[str, ...] = ()
 
     def __init__(self, images: ImageSet):
         self._images = images
@@ -143,7 +149,7 @@ class FolderImages:
       DataError: naming the folder or file that can't be used; a damaged file is named when it is read.
     """
 
-    maximum = 255
+    maximum: int = 255
 
     def __init__(self, folder: str | os.PathLike[str], image_size: int = 0):
         root = pathlib.Path(folder).expanduser()
@@ -154,8 +160,8 @@ class FolderImages:
             raise DataError(f"the folder {root} holds no images ({', '.join(SUFFIXES)})")
         self._labels, self.class_names = _labels(root, self._files)
         self._size = image_size
-        self.image_shape = (0, 0, 0)  # until the first image is read
-        self.image_shape = self._load(self._files[0]).shape
+        self.image_shape: tuple[int, int, int] = (0, 0, 0)  # until the first image is read
+        self.image_shape = shape_of(self._load(self._files[0]))
 
     def __len__(self) -> int:
         return len(self._files)
@@ -244,13 +250,13 @@ class TfdsImages:
       DataError: if it is not there, and how to prepare it.
     """
 
-    maximum = 255
+    maximum: int = 255
 
     def __init__(self, name: str, split: str, data_dir: str | os.PathLike[str] = ""):
         import tensorflow_datasets as tfds
 
         try:
-            builder = tfds.builder(name, data_dir=str(data_dir) or None, file_format="array_record")
+            builder: Any = tfds.builder(name, data_dir=str(data_dir) or None, file_format="array_record")
             self._source: Any = builder.as_data_source(split)
             features: Any = builder.info.features
         except Exception as error:
@@ -262,7 +268,7 @@ class TfdsImages:
         if "image" not in features:
             raise DataError(f"the TFDS data set {name!r} has no feature 'image'; it has {', '.join(features)}")
         self.class_names = tuple(features["label"].names) if "label" in features else ()
-        self.image_shape = self._image(self._source[0]).shape
+        self.image_shape = shape_of(self._image(self._source[0]))
 
     def __len__(self) -> int:
         return len(self._source)

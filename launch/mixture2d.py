@@ -148,7 +148,8 @@ def _write_results(
     grid = jnp.asarray(np.stack(np.meshgrid(axis, axis * 0.6), -1).reshape(-1, 2))
     level = jnp.full((len(grid),), _LEVEL)
     exact = mixture.log_prob(grid, _LEVEL) - student.log_prob(grid, _LEVEL)
-    learned = log_ratio(_HEAD.apply({"params": state.head}, grid, level, None))
+    logits: Any = _HEAD.apply({"params": state.head}, grid, level, None)
+    learned = log_ratio(logits)
     weight = jax.nn.softmax(student.log_prob(grid, _LEVEL))  # where the student is
     report = {
         "student": {

@@ -8,6 +8,7 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
@@ -67,7 +68,7 @@ def run(config: SampleConfig) -> None:
 
     output = pathlib.Path(config.output or f"{config.workdir}/samples_nfe{config.nfe}").expanduser()
     output.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"image": images} if labels is None else {"image": images, "label": labels}
+    arrays: dict[str, Any] = {"image": images} if labels is None else {"image": images, "label": labels}
     with atomic_path(output.with_name(f"{output.name}.npz")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
     grid_picture(output.with_name(f"{output.name}.png"), images[:_SHOWN], found.scale.maximum)

@@ -2,13 +2,13 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from poise.core.arguments import check_range
 from poise.rl.token_logprobs import as_mask, sequence_logprob
 
 
-def check_beta(beta: float | Array) -> None:
+def check_beta(beta: ArrayLike) -> None:
     """Raises unless the strength of the reference is positive."""
     check_range("beta", beta, 0.0, open_low=True, open_high=True)
 
@@ -43,6 +43,6 @@ def pair_margin(chosen: Array, rejected: Array, chosen_mask: Array, rejected_mas
     return jnp.where(comparable(chosen_mask, rejected_mask), chosen - rejected, 0)
 
 
-def logistic(margin: Array) -> Array:
+def logistic(margin: ArrayLike) -> Array:
     r"""The loss $-\log\mathrm{sigmoid}(z)$."""
-    return jax.nn.softplus(-margin)
+    return jax.nn.softplus(-jnp.asarray(margin))

@@ -171,7 +171,7 @@ def mapo_mask(
             check_same_shape(counted.shape, **{"activations without their features": hook[..., 0]})
         means = [jnp.mean(at_least_float32(hook), axis=-1) for hook in hooks]
         weights.append(sum(_min_max(jnp.where(counted, value, 0), counted) for value in means) / len(means))
-    return jax.lax.stop_gradient(sum(weights) / len(weights))
+    return jax.lax.stop_gradient(jnp.asarray(sum(weights)) / len(weights))
 
 
 def mask_sparsity(weights: Float[Array, "*batch tokens"], mask: Shaped[Array, "*mask"]) -> Float[Array, "*batch"]:
