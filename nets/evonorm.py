@@ -245,36 +245,72 @@ class EvoNorm(nn.Module):
 
 
 class EvoNormB0(EvoNorm):
-    """:class:`EvoNorm` of kind B0."""
+    """:class:`EvoNorm` of kind B0.
+
+    Example:
+      >>> from poise.nets import EvoNormB0
+      >>> EvoNormB0().kind
+      'B0'
+    """
 
     kind: str = "B0"
 
 
 class EvoNormB1(EvoNorm):
-    """:class:`EvoNorm` of kind B1."""
+    """:class:`EvoNorm` of kind B1.
+
+    Example:
+      >>> from poise.nets import EvoNormB1
+      >>> EvoNormB1().kind
+      'B1'
+    """
 
     kind: str = "B1"
 
 
 class EvoNormB2(EvoNorm):
-    """:class:`EvoNorm` of kind B2."""
+    """:class:`EvoNorm` of kind B2.
+
+    Example:
+      >>> from poise.nets import EvoNormB2
+      >>> EvoNormB2().kind
+      'B2'
+    """
 
     kind: str = "B2"
 
 
 class EvoNormS0(EvoNorm):
-    """:class:`EvoNorm` of kind S0."""
+    """:class:`EvoNorm` of kind S0.
+
+    Example:
+      >>> from poise.nets import EvoNormS0
+      >>> EvoNormS0().kind
+      'S0'
+    """
 
     kind: str = "S0"
 
 
 class EvoNormS1(EvoNorm):
-    """:class:`EvoNorm` of kind S1."""
+    """:class:`EvoNorm` of kind S1.
+
+    Example:
+      >>> from poise.nets import EvoNormS1
+      >>> EvoNormS1().kind
+      'S1'
+    """
 
     kind: str = "S1"
 
 
 class EvoNormS2(EvoNorm):
-    """:class:`EvoNorm` of kind S2."""
+    """:class:`EvoNorm` of kind S2.
+
+    Example:
+      >>> from poise.nets import EvoNormS2
+      >>> EvoNormS2().kind
+      'S2'
+    """
 
     kind: str = "S2"
