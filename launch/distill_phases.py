@@ -141,8 +141,12 @@ def _batches(
 
 def _teacher_phase(config: "DistillConfig", network: NetworkConfig, net: Any, batches: Any) -> Phase:
     peak, warmup, steps = config.teacher_learning_rate, config.teacher_warmup_steps, config.teacher_steps
-    rate = optax.cosine_decay_schedule(peak, max(1, steps - warmup)) if config.teacher_decay else peak
-    optimizer = optax.adamw(_warmed_up(rate, warmup), weight_decay=1e-4)
+    rate: Any = peak
+    if config.teacher_decay:
+        rate = optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(steps, warmup + 1))
+    elif warmup:  # without, optax's schedule stays at its first value
+        rate = optax.warmup_constant_schedule(0.0, peak, warmup)
+    optimizer = optax.adamw(rate, weight_decay=1e-4)
     return Phase(
         name="teacher",
         make_algorithm=lambda _: edm_teacher(
@@ -155,14 +159,6 @@ def _teacher_phase(config: "DistillConfig", network: NetworkConfig, net: Any, ba
         data=batches(config.teacher_batch_size, None, steps),
         num_steps=steps,
     )
-
-
-def _warmed_up(rate: float | optax.Schedule, steps: int) -> float | optax.Schedule:
-    """A learning rate that rises linearly from zero first."""
-    if not steps:
-        return rate
-    rest = rate if callable(rate) else optax.constant_schedule(rate)
-    return optax.join_schedules([optax.linear_schedule(0.0, float(np.asarray(rest(0))), steps), rest], [steps])
 
 
 def _optimizers(config: "DistillConfig") -> Optimizers:

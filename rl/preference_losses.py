@@ -5,7 +5,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Shaped
 
 from poise.core.arguments import check_choice, check_range
-from poise.rl.preference_pairs import check_beta, check_same_shape, log_ratio, logistic, pair_margin
+from poise.rl.preference_pairs import (
+    check_beta,
+    check_same_shape,
+    log_ratio,
+    logistic,
+    pair_margin,
+    smoothed_logistic,
+)
 from poise.rl.token_logprobs import as_mask, sequence_logprob
 
 
@@ -75,10 +82,10 @@ def dpo_loss(
     z = beta * pair_margin(chosen, rejected, chosen_mask, rejected_mask)
     if kind == "hinge":
         return jax.nn.relu(1 - z)
-    eps = jnp.asarray(label_smoothing, z.dtype)
     if kind == "robust":
+        eps = jnp.asarray(label_smoothing, z.dtype)
         return ((1 - eps) * logistic(z) - eps * logistic(-z)) / (1 - 2 * eps)
-    return (1 - eps) * logistic(z) + eps * logistic(-z)
+    return smoothed_logistic(z, label_smoothing)
 
 
 def ipo_loss(
@@ -178,8 +185,7 @@ def simpo_loss(
     chosen = sequence_logprob(policy_chosen, chosen_mask, length_normalize=True)
     rejected = sequence_logprob(policy_rejected, rejected_mask, length_normalize=True)
     z = beta * pair_margin(chosen, rejected, chosen_mask, rejected_mask) - gamma
-    eps = jnp.asarray(label_smoothing, z.dtype)
-    return (1 - eps) * logistic(z) + eps * logistic(-z)
+    return smoothed_logistic(z, label_smoothing)
 
 
 def tdpo_loss(

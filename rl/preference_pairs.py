@@ -46,3 +46,10 @@ def pair_margin(chosen: Array, rejected: Array, chosen_mask: Array, rejected_mas
 def logistic(margin: ArrayLike) -> Array:
     r"""The loss $-\log\mathrm{sigmoid}(z)$."""
     return jax.nn.softplus(-jnp.asarray(margin))
+
+
+def smoothed_logistic(margin: ArrayLike, label_smoothing: ArrayLike) -> Array:
+    r"""$-(1-\epsilon)\log\mathrm{sigmoid}(z) - \epsilon\log\mathrm{sigmoid}(-z)$, for labels that may be wrong."""
+    margin = jnp.asarray(margin)
+    eps = jnp.asarray(label_smoothing, margin.dtype)
+    return (1 - eps) * logistic(margin) + eps * logistic(-margin)
