@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import scipy.optimize
+from optim_gallery_constraints import CONSTRAINED, CURVATURE, EPS, FREE_MINIMUM, constrained_minimum
 
 from poise.optim import (
     Armijo,
@@ -43,9 +43,6 @@ from poise.optim import (
 
 RATES = np.logspace(-4, 1, 21)  # of which each optimizer gets its best in the valley
 RATE, DECAY = 0.1, 1.0  # of everything under the constraint
-EPS = 0.2  # of the kappas that have one; slopes are its inverse
-FREE_MINIMUM = np.array([1.4, 1.0])
-CURVATURE = np.array([[2.0, -0.6], [-0.6, 1.0]])
 VALLEY_START, BALL_START = np.array([-1.2, 1.0]), np.array([-1.6, 1.5])
 # Shapes in which an optimizer gets the two numbers: a vector, the kernel of one neuron, a symmetric matrix.
 LAYOUTS = {
@@ -198,87 +195,6 @@ def searched(steps: int) -> dict[str, np.ndarray]:
         "sso": jax.lax.scan(outer, (start, surrogate.init(start)), length=max(steps // 10, 1))[1],
     }
     return {name: np.concatenate([VALLEY_START[None], path]) for name, path in runs.items()}
-
-
-def entropy(x):
-    """Sum of x log x, zero at zero; negative, as a penalty is."""
-    return np.sum(x * np.log(np.maximum(x, 1e-300)))
-
-
-def each(x):
-    """The gauge of a box, coordinate by coordinate, since a maximum has a kink."""
-    return x
-
-
-def none(x):
-    """No constraint, or no penalty."""
-    return 0.0
-
-
-def square(x):
-    """Half the squared length."""
-    return np.sum(x**2) / 2
-
-
-# Where the run should end, without poise: the gauge whose unit ball is the set, and the penalty, both for x >= 0.
-CONSTRAINED: dict[str, tuple[str, Callable, Callable]] = {
-    "sign": ("box", each, none),
-    "lp(1.5)": ("ball of the 3-norm", lambda x: np.sum(x**3), none),
-    "lp(2)": ("disc", lambda x: np.sum(x**2), none),
-    "linf": ("diamond", np.sum, none),
-    "nuclear": ("diamond", np.sum, none),
-    "spectral": ("half box", lambda x: 2 * x, none),
-    "dead_zone": ("box", each, lambda x: EPS * np.sum(x)),
-    "huber": ("box", each, lambda x: EPS * square(x)),
-    "relativistic": ("box", each, lambda x: EPS * np.sum(1 - np.sqrt(1 - x**2))),
-    "tanh": ("box", each, lambda x: EPS / 2 * (entropy(1 + x) + entropy(1 - x))),
-    "softsign": ("box", each, lambda x: -EPS * np.sum(np.abs(x) + np.log1p(-np.abs(x)))),
-    "arctan": ("box", each, lambda x: -2 * EPS / np.pi * np.sum(np.log(np.cos(np.pi / 2 * x)))),
-    "squared_l2": ("none", none, square),
-    "log_sum_exp": ("simplex", np.sum, lambda x: entropy(x)),
-    "apply_prox, ball": ("disc", lambda x: np.sum(x**2), none),
-    "apply_prox, wgsef": ("none", none, lambda x: np.sum(x) ** 2 / 2),
-    "compander": ("box", each, none),
-}
-CONSTRAINED |= {
-    "sgdp": CONSTRAINED["squared_l2"],
-    "optax.sgd": CONSTRAINED["squared_l2"],
-    "optax.sgd, nesterov": CONSTRAINED["squared_l2"],
-    "optax.lion": CONSTRAINED["sign"],
-    "optax.contrib.muon": CONSTRAINED["nuclear"],
-}
-BARRIERS = ("relativistic", "tanh", "softsign", "arctan")
-PENALTIES = {
-    "dead_zone": "$\\epsilon\\lVert x\\rVert_1$",
-    "huber": "$\\frac\\epsilon2\\lVert x\\rVert^2$",
-    "relativistic": "smooth",
-    "tanh": "entropy",
-    "softsign": "barrier",
-    "arctan": "barrier",
-    "squared_l2": "$\\frac12\\lVert x\\rVert^2$",
-    "log_sum_exp": "entropy",
-    "apply_prox, wgsef": "$\\frac12\\lVert x\\rVert_1^2$",
-}
-PENALTIES |= {name: PENALTIES["squared_l2"] for name in ("sgdp", "optax.sgd", "optax.sgd, nesterov")}
-
-
-def constrained_minimum(name: str) -> np.ndarray:
-    """By scipy: in the quadrant where all of these minima lie, or inside of the box where the penalty is a barrier."""
-    _, gauge, penalty = CONSTRAINED[name]
-    total = lambda x: float((x - FREE_MINIMUM) @ CURVATURE @ (x - FREE_MINIMUM) / 2 + penalty(x))  # noqa: E731
-    start = np.array([0.3, 0.3])
-    if name in BARRIERS:
-        options = {"xatol": 1e-12, "fatol": 1e-16, "maxiter": 2000}
-        return np.tanh(
-            scipy.optimize.minimize(lambda z: total(np.tanh(z)), start, method="Nelder-Mead", options=options).x
-        )
-    constraint = {"type": "eq" if name == "log_sum_exp" else "ineq", "fun": lambda x: 1 - gauge(x)}
-    options = {"ftol": 1e-15, "maxiter": 500}
-    bounds = [(0, 2), (0, 2)]
-    solution = scipy.optimize.minimize(
-        total, start, method="SLSQP", bounds=bounds, constraints=constraint, options=options
-    )
-    return np.clip(solution.x, 0, None)
 
 
 # One example of a class against 19 of the other, in the plane of the weights of a classifier without a bias.
@@ -439,49 +355,10 @@ def ball_row(name: str, path: np.ndarray) -> dict[str, Any]:
     return row
 
 
-NAMES = {name: f"lion_kappa, {name}" for name in [*KAPPAS, "log_sum_exp"]}
-
-
-def point(x: Any) -> str:
-    """A point to three places."""
-    return f"({x[0]:.3f}, {x[1]:.3f})".replace("-0.000", "0.000")
-
-
-def tables(results: dict[str, Any]) -> dict[str, str]:
-    """The tables of the page, in Markdown."""
-    valley_rows = [
-        f"| {NAMES.get(name, name)} | {'searched' if row['rate'] is None else format(row['rate'], '.2g')} "
-        f"| {row['loss']:.1e} | {row['distance']:.1e} |"
-        for name, row in sorted(results["valley"].items(), key=lambda item: item[1]["loss"])
-    ]
-    ball_rows = [
-        f"| {NAMES.get(name, name)} | {CONSTRAINED[name][0]} | {PENALTIES.get(name, 'none')} "
-        f"| {point(row['minimum'])} | {point(row['end'])} | {row['distance']:.1e} |"
-        for name, row in results["constraint"].items()
-        if "minimum" in row
-    ]
-    free_rows = [
-        f"| {name} | {point(row['end'])} |" for name, row in results["constraint"].items() if "minimum" not in row
-    ]
-    cone_rows = [f"| {name} | {count} |" for name, count in results["cone"].items()]
-    angle_rows = [f"| {name} | {row['length']:.2f} | {row['angle']:.2f} |" for name, row in results["angle"].items()]
-    same_rows = [f"| {sentence} | {distance:.1e} |" for sentence, distance in results["same"].items()]
-    heads = {
-        "valley": ("| optimizer | learning rate | loss at the end | distance to the minimum |", valley_rows),
-        "constraint": ("| optimizer | set | penalty | minimum of the problem | end | distance |", ball_rows),
-        "free": ("| optimizer | end |", free_rows),
-        "same": ("| | greatest distance between the paths |", same_rows),
-        "cone": ("| rule | steps to separation |", cone_rows),
-        "angle": ("| optimizer | length at the end | angle at the end |", angle_rows),
-    }
-    return {
-        name: "\n".join([head, "|" + (head.count("|") - 1) * "---|", *rows]) for name, (head, rows) in heads.items()
-    }
-
-
 def main() -> None:
     """Runs it all, writes the results and prints the tables."""
     import optim_gallery_figures as figures
+    from optim_gallery_tables import tables
 
     start = time.time()
     gallery = experiment()

@@ -9,6 +9,8 @@ import numpy as np
 import optim_gallery as gallery
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
+from optim_gallery_constraints import CONSTRAINED, CURVATURE, FREE_MINIMUM, none
+from optim_gallery_tables import NAMES
 
 OURS, THEIRS, GOAL = "#1f5fa8", "#c2571a", "#177245"
 
@@ -46,7 +48,7 @@ def walk(axes: Axes, path: np.ndarray, color: str) -> None:
 
 def title(axes: Axes, name: str, below: str) -> None:
     """The optimizer in bold, and a number under it."""
-    first = gallery.NAMES.get(name, name)
+    first = NAMES.get(name, name)
     axes.set_title(first, fontsize=8, fontweight="bold", color=color_of(name), pad=14)
     axes.text(0.5, 1.025, below, transform=axes.transAxes, ha="center", va="bottom", fontsize=7.5, color="0.25")
     axes.tick_params(labelsize=7, length=2)
@@ -59,8 +61,8 @@ def rosenbrock(points: np.ndarray) -> np.ndarray:
 
 def bowl(points: np.ndarray) -> np.ndarray:
     """The quadratic at points [..., 2]."""
-    moved = points - gallery.FREE_MINIMUM
-    return np.einsum("...i,ij,...j->...", moved, gallery.CURVATURE, moved) / 2
+    moved = points - FREE_MINIMUM
+    return np.einsum("...i,ij,...j->...", moved, CURVATURE, moved) / 2
 
 
 def draw_valley(paths: dict[str, tuple[np.ndarray, float | None]], results: dict[str, Any]) -> Any:
@@ -86,9 +88,9 @@ def feasible(axes: Axes, name: str, x: np.ndarray, y: np.ndarray) -> None:
     if name == "log_sum_exp":
         axes.plot([0, 1], [1, 0], color=GOAL, lw=3, alpha=0.35, zorder=2)
         return
-    if name not in gallery.CONSTRAINED or gallery.CONSTRAINED[name][1] is gallery.none:
+    if name not in CONSTRAINED or CONSTRAINED[name][1] is none:
         return
-    gauge = gallery.CONSTRAINED[name][1]
+    gauge = CONSTRAINED[name][1]
     inside = np.array([[np.max(gauge(np.abs(np.array([u, v])))) for u in x] for v in y])
     axes.contourf(x, y, inside, [-1, 1], colors=[GOAL], alpha=0.15, zorder=0)
     axes.contour(x, y, inside, [1], colors=[GOAL], linewidths=0.8, zorder=2)
@@ -103,10 +105,10 @@ def draw_constraint(paths: dict[str, np.ndarray], results: dict[str, Any]) -> An
         feasible(axes[name], name, x, y)
         levels(axes[name], bowl, x, y, np.array([0.05, 0.25, 0.6, 1.1, 1.8, 2.8, 4.2, 6, 8.5]))
         walk(axes[name], path, color_of(name))
-        axes[name].plot(*gallery.FREE_MINIMUM, "x", color="0.35", ms=5, zorder=4)
+        axes[name].plot(*FREE_MINIMUM, "x", color="0.35", ms=5, zorder=4)
         if "minimum" in row:
             axes[name].plot(*row["minimum"], "+", color=GOAL, ms=11, mew=1.4, zorder=6)
-            title(axes[name], name, f"{gallery.CONSTRAINED[name][0]}: {row['distance']:.0e} away".replace("none: ", ""))
+            title(axes[name], name, f"{CONSTRAINED[name][0]}: {row['distance']:.0e} away".replace("none: ", ""))
         else:
             title(axes[name], name, "no constraint")
         axes[name].set(xlim=(-1.9, 1.9), ylim=(-1.3, 1.8), aspect="equal")

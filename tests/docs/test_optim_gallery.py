@@ -25,7 +25,7 @@ def gallery_script(monkeypatch):
 
 
 def test_the_tables_of_the_page_are_those_of_the_results(gallery):
-    tables = gallery.tables(RESULTS)
+    tables = importlib.import_module("optim_gallery_tables").tables(RESULTS)
     assert set(tables) == {"valley", "constraint", "free", "same", "cone", "angle"}
     for name, table in tables.items():
         assert f"\n\n{table}\n\n" in PAGE, f"the table {name} is not that of optim_gallery.json"
