@@ -50,7 +50,7 @@ def softplus_attention(
     \mathrm{out}_i = \sum_j \frac{h_{ij}^p}{\sum_k h_{ik}^p}\,v_j .$$
 
     Without ``reweight`` (LSSA) the weights are $f_{ij}/\sum_k f_{ik}$; with it (LSSAR) the keys above the row's mean
-    share all of the weight, and with $p = 15$ about as many keys matter among 4096 as among 64. Positions (RoPE) are
+    share all of the weight, and with $p = 15$ a handful of keys matters among 4096 as among 64. Positions (RoPE) are
     applied before. The layouts and masks are those of :func:`jax.nn.dot_product_attention`.
 
     A row that sees nothing gives zeros and zero gradients. A row whose visible $f$ are all equal keeps plain softplus

@@ -138,8 +138,6 @@ def experiment(seed, method):
 
 def main() -> None:
     """Runs it all and writes the results."""
-    import matplotlib.pyplot as plt
-
     start, here, seeds = time.time(), pathlib.Path(__file__).parent, range(3)
     runs = {}
     for method in METHODS:
@@ -159,12 +157,25 @@ def main() -> None:
         "runs": runs,
     }
     (here / "sparse_po_trigger.json").write_text(json.dumps(results, indent=1) + "\n")
-    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
-    means = [np.mean(runs[method]["kl_elsewhere"]) for method in METHODS]
-    axis.bar(METHODS, means, color=["C3" if method == "dpo" else "C0" for method in METHODS])
-    axis.set(ylabel="KL to the reference, off the trigger")
-    axis.tick_params(axis="x", labelrotation=20)
-    figure.savefig(here / "sparse_po_trigger.png", dpi=100)
+    picture(runs, here / "sparse_po_trigger.png")
+
+
+def picture(runs: dict[str, dict[str, list[float]]], path: pathlib.Path) -> None:
+    """Draws each method's seeds and their mean."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 2.8), layout="constrained")
+    for row, figures in enumerate(runs.values()):
+        values = figures["kl_elsewhere"]
+        axis.scatter(values, [row] * len(values), s=18, alpha=0.6)
+        axis.plot([np.mean(values)] * 2, [row - 0.3, row + 0.3], color="black", lw=1.5)
+    axis.set_yticks(range(len(runs)), [method.replace("_", " ") for method in runs])
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_xlabel("KL to the reference off the trigger, each seed and the mean")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":
