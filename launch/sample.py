@@ -72,7 +72,8 @@ def run(config: SampleConfig) -> None:
     with atomic_path(output.with_name(f"{output.name}.npz")) as temporary, temporary.open("wb") as file:
         np.savez(file, **arrays)
     grid_picture(output.with_name(f"{output.name}.png"), images[:_SHOWN], found.scale.maximum)
-    print(f"{config.num} images with {config.nfe} evaluations each: {output}.png, {output}.npz")
+    evaluations = "1 evaluation" if config.nfe == 1 else f"{config.nfe} evaluations"
+    print(f"{config.num} images with {evaluations} each: {output}.png, {output}.npz")
 
 
 if __name__ == "__main__":
