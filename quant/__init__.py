@@ -1,0 +1,3 @@
+"""Quantizers, quantization-aware training, post-training quantization and integer export, as pure functions."""
+
+__all__: list[str] = []
