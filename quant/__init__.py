@@ -1,29 +1,84 @@
 """Quantizers, quantization-aware training, post-training quantization and integer export, as pure functions."""
 
-from poise.quant.qparams import (
-    absmax_scale,
-    minmax_qparams,
-    mse_qparams,
+from poise.quant.annealing import confidence_guided_annealing
+from poise.quant.integer_dot import int8_conv, int8_dot, int8_dot_general, integer_weights, quantize_activations
+from poise.quant.lsq import lsq, lsq_init
+from poise.quant.oscillation import (
+    FreezingState,
+    OscillationState,
+    freezing_init,
+    freezing_update,
+    oscillating_fraction,
+    oscillation_init,
+    oscillation_update,
 )
-from poise.quant.rounding import (
-    clamp_inclusive,
-    grad_scale,
-    round_ste,
+from poise.quant.packing import PACKED_BITS, pack_bits, packed_length, storage_bits, unpack_bits
+from poise.quant.power import (
+    power_bennett_mse,
+    power_decode_table,
+    power_dequantize,
+    power_fake_quantize,
+    power_quantize,
+    power_search,
 )
-from poise.quant.uniform import (
-    dequantize,
-    fake_quantize,
-    quantize,
+from poise.quant.qk_product import qk_product
+from poise.quant.qparams import absmax_scale, minmax_qparams, mse_qparams
+from poise.quant.quantized_tensor import (
+    QuantizedTensor,
+    dequantize_tensor,
+    is_quantized,
+    quantized_tensor,
+    tensor_codes,
+    tree_nbytes,
 )
+from poise.quant.rounding import clamp_inclusive, grad_scale, round_ste
+from poise.quant.statsq import high_confidence_mask, statsq, statsq_codes
+from poise.quant.uniform import dequantize, fake_quantize, quantize
 
 __all__ = [
+    "PACKED_BITS",
+    "FreezingState",
+    "OscillationState",
+    "QuantizedTensor",
     "absmax_scale",
     "clamp_inclusive",
+    "confidence_guided_annealing",
     "dequantize",
+    "dequantize_tensor",
     "fake_quantize",
+    "freezing_init",
+    "freezing_update",
     "grad_scale",
+    "high_confidence_mask",
+    "int8_conv",
+    "int8_dot",
+    "int8_dot_general",
+    "integer_weights",
+    "is_quantized",
+    "lsq",
+    "lsq_init",
     "minmax_qparams",
     "mse_qparams",
+    "oscillating_fraction",
+    "oscillation_init",
+    "oscillation_update",
+    "pack_bits",
+    "packed_length",
+    "power_bennett_mse",
+    "power_decode_table",
+    "power_dequantize",
+    "power_fake_quantize",
+    "power_quantize",
+    "power_search",
+    "qk_product",
     "quantize",
+    "quantize_activations",
+    "quantized_tensor",
     "round_ste",
+    "statsq",
+    "statsq_codes",
+    "storage_bits",
+    "tensor_codes",
+    "tree_nbytes",
+    "unpack_bits",
 ]
