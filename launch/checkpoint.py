@@ -53,6 +53,9 @@ class Restored(NamedTuple):
     seconds: dict[str, float]
 
 
+# Held from a failure on: orbax's threads go on complaining of it until the process ends.
+_HUSHED: list[contextlib.ExitStack] = []
+
 MakeFrozen = Callable[[int, Restored | None], Sequence[jax.Array]]
 
 
@@ -97,6 +100,7 @@ class CheckpointStore:
         self._manager: ocp.CheckpointManager | None = None
         self._manager_phase = -1
         self._quiet = contextlib.ExitStack()
+        self._failed = False
         self._frozen: tuple[tuple[jax.Array, ...], str] | None = None  # the last frozen leaves and their digest
 
     def path(self, phase: int, step: int) -> pathlib.Path:
@@ -256,7 +260,7 @@ class CheckpointStore:
         """
         path = self.path(phase, step)
         self.wait()
-        with _saving(path):
+        with self._saving(path):
             manager = self._open(phase)
             meta = {
                 "format": FORMAT,
@@ -295,6 +299,20 @@ class CheckpointStore:
         self._frozen = (frozen, path.name)
         return path.name
 
+    @contextlib.contextmanager
+    def _saving(self, path: pathlib.Path) -> Iterator[None]:
+        """Says of any failure below where it happened and what to do."""
+        try:
+            yield
+        except LaunchError:
+            raise
+        except Exception as error:
+            self._failed = True
+            raise CheckpointError(
+                f"the checkpoint {path} can't be written: {in_short(error)}; earlier checkpoints are intact, the "
+                "same command goes on from the newest of them once that is mended"
+            ) from error
+
     def _open(self, phase: int) -> ocp.CheckpointManager:
         if self._manager is None or self._manager_phase != phase:
             self.close()
@@ -312,7 +330,7 @@ class CheckpointStore:
           CheckpointError: if it can't be written.
         """
         if self._manager is not None:
-            with _saving(self._folders[self._manager_phase]):
+            with self._saving(self._folders[self._manager_phase]):
                 self._manager.wait_until_finished()
 
     def check(self) -> None:
@@ -322,33 +340,20 @@ class CheckpointStore:
           CheckpointError: if a checkpoint can't be written.
         """
         if self._manager is not None:
-            with _saving(self._folders[self._manager_phase]):
+            with self._saving(self._folders[self._manager_phase]):
                 self._manager.check_for_errors()
 
     def close(self) -> None:
         """Waits and lets go of the files."""
         if self._manager is not None:
             manager, self._manager = self._manager, None
-            with _saving(self._folders[self._manager_phase]):
+            quiet = self._quiet.pop_all()
+            _HUSHED.append(quiet)
+            with self._saving(self._folders[self._manager_phase]):
                 manager.close()
-            self._quiet.close()  # not after a failure, which orbax's threads go on complaining of
-
-
-class _saving:
-    """Says of any failure below where it happened and what to do."""
-
-    def __init__(self, path: pathlib.Path):
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, LaunchError):
-            raise CheckpointError(
-                f"the checkpoint {self._path} can't be written: {in_short(error)}; earlier checkpoints are intact, the "
-                "same command goes on from the newest of them once that is mended"
-            ) from error
+            if not self._failed:
+                _HUSHED.remove(quiet)
+                quiet.close()
 
 
 def _checkpoints(path: pathlib.Path) -> Iterator[pathlib.Path]:

@@ -11,6 +11,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -152,16 +153,21 @@ def quiet_orbax() -> Iterator[None]:
             hook(unraisable)
 
     def by_others(record: logging.LogRecord) -> bool:
+        if record.name == "asyncio":  # tasks that orbax left with the failure that it told of already
+            trace = "".join(traceback.format_exception(*record.exc_info)) if record.exc_info else ""
+            return "orbax" not in record.getMessage() + trace
         return "orbax" not in record.pathname
 
-    log = logging.getLogger("absl")
-    log.addFilter(by_others)
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    for log in logs:
+        log.addFilter(by_others)
     sys.unraisablehook = filtered
     try:
         yield
     finally:
         sys.unraisablehook = hook
-        log.removeFilter(by_others)
+        for log in logs:
+            log.removeFilter(by_others)
 
 
 def read_meta(path: pathlib.Path) -> dict[str, Any]:
