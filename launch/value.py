@@ -1,0 +1,206 @@
+"""Trains agents whose values are learned by several losses, side by side: ``python -m poise.launch.value``.
+
+Each loss is one phase of the run, with all seeds trained at once. The built-in game catch takes about a minute; the
+games of MinAtar and other environments of gymnax come with ``pip install "poise[rl]"``. Learning curves with confidence
+bands, histograms of returns, ``report.json`` and checkpoints are written to the working directory, and a table is
+printed. The same command goes on where a stopped run left off; ``poise.launch.play`` shows an agent at play.
+"""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from poise.launch.config import ConfigError, field, nearest, validate
+from poise.launch.main import launch
+
+LOSSES = ("mse", "hl_gauss", "two_hot", "c51", "mse_softmax")
+
+# jax and everything that needs it is imported when the run starts, so that --help and mistakes answer at once.
+
+
+class Preset(NamedTuple):
+    """What suits an environment: used where a flag is left at 0 or empty.
+
+    Attributes:
+      updates: updates of the networks.
+      epsilon_steps: environment steps of the decay of exploration.
+      target_period: updates between copies to the target network.
+      learning_rate: Adam's.
+      num_bins: of the grid of values.
+      hidden: widths of the network.
+      episode_steps: steps of a judged episode, at most.
+      support: the ends of the grid of values without noise on rewards; None where they are unknown.
+      room: how far the upper end lies above what is reached.
+    """
+
+    updates: int = 8_000
+    epsilon_steps: int = 100_000
+    target_period: int = 500
+    learning_rate: float = 1e-3
+    num_bins: int = 51
+    hidden: tuple[int, ...] = (256, 128)
+    episode_steps: int = 1_000
+    support: tuple[float, float] | None = None
+    room: float = 0.0
+
+
+PRESETS = {
+    "catch": Preset(4_000, 50_000, 100, 3e-3, 21, (64, 64), 10, (-2.0, 2.0)),
+    "Breakout-MinAtar": Preset(support=(-1.0, 9.0), room=2.0),
+    "SpaceInvaders-MinAtar": Preset(support=(-1.0, 19.0), room=2.0),
+}
+
+
+def parse_names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in a text that is separated by commas.
+
+    Args:
+      flag: the field's name, for the message.
+      text: what was given.
+      known: the names there are.
+
+    Raises:
+      ConfigError: for no name, one that is unknown (with the nearest one) or given twice.
+
+    Example:
+      >>> from poise.launch.value import parse_names
+      >>> parse_names("losses", "mse, c51", ("mse", "c51"))
+      ('mse', 'c51')
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{flag} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"{flag} must hold one or more different names, got {text!r}")
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueConfig:
+    """The settings of a comparison; every field is a flag of the same name."""
+
+    workdir: str = field("runs/value", "folder that everything is written to; rerun in it to resume", role="execution")
+    env: str = field("catch", "catch, or an environment of gymnax such as Breakout-MinAtar")
+    losses: str = field("mse,hl_gauss", f"what is compared, separated by commas: {', '.join(LOSSES)}")
+    num_seeds: int = field(5, "agents of each loss, trained at once", minimum=1)
+    seed: int = field(0, "seed of the run, from which each agent draws its own", minimum=0, maximum=2**32 - 1)
+    updates: int = field(0, "updates of each agent; 0: 4000 for catch, 8000 otherwise", minimum=0)
+    updates_per_step: int = field(50, "updates between rows of metrics; they make one compiled step", minimum=1)
+
+    reward_noise: float = field(1.0, "standard deviation of the noise on each reward", minimum=0.0)
+    sticky_actions: float = field(
+        0.0, "probability that an action is the last one again", minimum=0.0, exclusive_maximum=1.0
+    )
+    v_min: float = field(0.0, "lower end of the grid of values; equal ends: known for the environment")
+    v_max: float = field(0.0, "upper end of the grid of values")
+    num_bins: int = field(0, "bins or atoms of the grid; 0: 21 for catch, 51 otherwise", minimum=0)
+
+    num_envs: int = field(32, "environments of an agent", minimum=1)
+    batch_size: int = field(64, "transitions of an update", minimum=1)
+    buffer_size: int = field(50_000, "transitions that are kept", minimum=1)
+    min_history: int = field(1_000, "transitions before the first update", minimum=0)
+    target_period: int = field(
+        0, "updates between copies to the target network; 0: 100 for catch, 500 otherwise", minimum=0
+    )
+    epsilon_end: float = field(0.05, "share of random actions at last", minimum=0.0, maximum=1.0)
+    epsilon_steps: int = field(
+        0, "environment steps of its decay from 1; 0: 50000 for catch, 100000 otherwise", minimum=0
+    )
+    gamma: float = field(0.99, "discount", minimum=0.0, maximum=1.0)
+    n_step: int = field(1, "rewards that are summed before the value is asked", minimum=1)
+    double: bool = field(False, "whether the online network chooses the next action")
+    hidden: tuple[int, ...] = field((), "widths of the network; empty: 64,64 for catch, 256,128 otherwise", minimum=1)
+    learning_rate: float = field(0.0, "Adam's; 0: 0.003 for catch, 0.001 otherwise", minimum=0.0)
+
+    eval_episodes: int = field(32, "episodes by which each agent is judged", role="execution", minimum=1)
+    eval_every: int = field(0, "steps of the run between judgements; 0: at a loss's end", role="execution", minimum=0)
+    save_every: int = field(0, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
+    save_every_seconds: float = field(
+        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
+    )
+    keep: int = field(1, "checkpoints kept per loss; each holds the buffer", role="execution", minimum=1)
+    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
+
+    def __post_init__(self):
+        """Checks each field, and those that belong together."""
+        validate(self)
+        object.__setattr__(self, "losses", ",".join(parse_names("losses", self.losses, LOSSES)))
+        preset = PRESETS.get(self.env, Preset())
+        updates = self.updates or preset.updates
+        if updates % self.updates_per_step:
+            raise ConfigError(
+                f"updates must be a multiple of updates_per_step = {self.updates_per_step}, got {updates}"
+            )
+        if self.num_bins == 1:
+            raise ConfigError("num_bins must be at least 2, or 0 for what suits the environment, got 1")
+        for name in ("num_envs", "min_history"):
+            if getattr(self, name) > self.buffer_size:
+                raise ConfigError(f"{name} must be at most buffer_size = {self.buffer_size}, got {getattr(self, name)}")
+        if self.v_min > self.v_max:
+            raise ConfigError(f"v_min must be below v_max, got {self.v_min} and {self.v_max}")
+        if self.v_min == self.v_max and preset.support is None and set(self.loss_names) != {"mse"}:
+            raise ConfigError(
+                f"v_min and v_max must be given for env={self.env}: the grid is known for {', '.join(PRESETS)} alone"
+            )
+
+    @property
+    def preset(self) -> Preset:
+        """What suits the environment, with what the flags say instead."""
+        names = ("updates", "epsilon_steps", "target_period", "learning_rate", "num_bins", "hidden")
+        given = {name: getattr(self, name) for name in names if getattr(self, name)}
+        return PRESETS.get(self.env, Preset())._replace(**given)
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """The losses, in order."""
+        return tuple(self.losses.split(","))
+
+    @property
+    def support(self) -> tuple[float, float]:
+        """The ends of the grid; noise of standard deviation 1 takes 2 on either side, where there is no room yet."""
+        if self.v_min < self.v_max:
+            return self.v_min, self.v_max
+        preset = PRESETS.get(self.env, Preset())
+        low, high = preset.support or (0.0, 1.0)  # which the squared error makes no use of
+        return low - 2 * self.reward_noise, high + max(0.0, 2 * self.reward_noise - preset.room)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the launcher and returns its exit code, see :func:`poise.launch.main.launch`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    return launch(ValueConfig, {}, arguments, run, prog="poise.launch.value", description=__doc__ or "", check=check)
+
+
+def check(config: ValueConfig) -> None:
+    """Looks whether there is such an environment, before anything is written.
+
+    Raises:
+      ConfigError: if not.
+    """
+    from poise.launch.value_phases import make_environment
+
+    make_environment(config)
+
+
+def run(config: ValueConfig, workdir: pathlib.Path) -> None:
+    """The whole run: a phase for each loss, then the comparison."""
+    from poise.launch.loop import fit
+    from poise.launch.value_phases import value_phases
+    from poise.launch.value_results import write_results
+
+    result = fit(
+        value_phases(config),
+        workdir=workdir,
+        seed=config.seed,
+        save_every=config.save_every,
+        save_every_seconds=config.save_every_seconds,
+        keep=config.keep,
+    )
+    write_results(config, result.seconds, workdir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
