@@ -26,6 +26,7 @@ from poise.nets.evonorm import (
     evonorm_b,
     evonorm_s,
 )
+from poise.nets.generate import generate
 from poise.nets.group_norm import GroupNorm, group_count
 from poise.nets.initializers import LayerInit
 from poise.nets.labels import label_vectors
@@ -76,6 +77,7 @@ __all__ = [
     "evonorm_b",
     "evonorm_s",
     "from_state_dict",
+    "generate",
     "group_count",
     "head_group_count",
     "iddpm_coefficients",
