@@ -32,6 +32,7 @@ from poise.quant.quantized_tensor import (
     tree_nbytes,
 )
 from poise.quant.rounding import clamp_inclusive, grad_scale, round_ste
+from poise.quant.rules import QuantRule, apply_weight_quant, init_weight_qparams, match_rule, quantized_weights
 from poise.quant.statsq import high_confidence_mask, statsq, statsq_codes
 from poise.quant.uniform import dequantize, fake_quantize, quantize
 
@@ -39,8 +40,10 @@ __all__ = [
     "PACKED_BITS",
     "FreezingState",
     "OscillationState",
+    "QuantRule",
     "QuantizedTensor",
     "absmax_scale",
+    "apply_weight_quant",
     "clamp_inclusive",
     "confidence_guided_annealing",
     "dequantize",
@@ -50,6 +53,7 @@ __all__ = [
     "freezing_update",
     "grad_scale",
     "high_confidence_mask",
+    "init_weight_qparams",
     "int8_conv",
     "int8_dot",
     "int8_dot_general",
@@ -57,6 +61,7 @@ __all__ = [
     "is_quantized",
     "lsq",
     "lsq_init",
+    "match_rule",
     "minmax_qparams",
     "mse_qparams",
     "oscillating_fraction",
@@ -74,6 +79,7 @@ __all__ = [
     "quantize",
     "quantize_activations",
     "quantized_tensor",
+    "quantized_weights",
     "round_ste",
     "statsq",
     "statsq_codes",

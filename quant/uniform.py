@@ -1,5 +1,6 @@
 """Uniform quantization: integers, the floats that they stand for, and both at once with a straight-through gradient."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Shaped
 
@@ -24,7 +25,7 @@ def _zero(zero_point: ArrayLike | None, shape: tuple[int, ...], dtype: jnp.dtype
     value = concrete(zero_point)
     if value is not None and not (value.astype(float) == value.astype(float).round()).all():
         raise ValueError(f"zero_point must hold whole numbers, got {zero_point}")
-    return jnp.asarray(zero_point).astype(dtype)
+    return jax.lax.stop_gradient(jnp.asarray(zero_point).astype(dtype))
 
 
 def _codes(
