@@ -32,6 +32,8 @@ from poise.nets.initializers import LayerInit
 from poise.nets.labels import label_vectors
 from poise.nets.mlp import MLP, AffineGenerator, MLPHead
 from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning_of
+from poise.nets.qk_reparam import QKReparamSelfAttention
+from poise.nets.quantizers import LSQQuantizer, activation_quantization
 from poise.nets.ratio_head import RatioHead
 from poise.nets.resampling import ResampleConv, downsample, upsample
 from poise.nets.rotary import rotary_embedding
@@ -39,10 +41,18 @@ from poise.nets.song_unet import SongUNet
 from poise.nets.sparse_token_mask import SparseTokenMask
 from poise.nets.transformer import Transformer
 from poise.nets.unet_block import BlockStyle, UNetBlock, pixel_attention
+from poise.nets.vision_transformer import (
+    VISION_TRANSFORMER_SIZES,
+    SelfAttention,
+    TransformerBlock,
+    VisionTransformer,
+    vision_transformer,
+)
 
 __all__ = [
     "EDM_CHECKPOINTS",
     "MLP",
+    "VISION_TRANSFORMER_SIZES",
     "AffineGenerator",
     "BlockStyle",
     "CategoricalHead",
@@ -59,16 +69,22 @@ __all__ = [
     "EvoNormS2",
     "FourierEmbedding",
     "GroupNorm",
+    "LSQQuantizer",
     "LayerInit",
     "MLPHead",
     "PositionalEmbedding",
+    "QKReparamSelfAttention",
     "RatioHead",
     "ResampleConv",
+    "SelfAttention",
     "SongUNet",
     "SparseTokenMask",
     "Transformer",
+    "TransformerBlock",
     "UNetBlock",
     "ValueMLP",
+    "VisionTransformer",
+    "activation_quantization",
     "adm",
     "ddpmpp",
     "downsample",
@@ -93,5 +109,6 @@ __all__ = [
     "to_state_dict",
     "upsample",
     "ve_coefficients",
+    "vision_transformer",
     "vp_coefficients",
 ]
