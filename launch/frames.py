@@ -1,5 +1,6 @@
 """Frames of an episode: the game's picture beside what the network says of the action that it takes."""
 
+import math
 import pathlib
 from collections.abc import Sequence
 
@@ -130,4 +131,6 @@ def sheet(path: pathlib.Path, frames: Sequence[np.ndarray]) -> None:
       frames: pictures of one size.
     """
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), _SHOWN)).round().astype(int))
-    grid_picture(path, np.stack([frames[i] for i in chosen]), 255)
+    columns = math.ceil(math.sqrt(len(chosen)))
+    blank = [np.full_like(frames[0], 255)] * (-len(chosen) % columns)
+    grid_picture(path, np.stack([*(frames[i] for i in chosen), *blank]), 255)
