@@ -6,24 +6,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import ArrayLike, PyTree
 
 from poise.core.arguments import check_range
+from poise.optim.channel_axes import flax_channel_axes
 from poise.optim.leaves import is_absent, resolve_mask
 from poise.quant.checks import Axis, check_bits
 from poise.quant.statsq import high_confidence_mask
 
 
-def _has_rows(params: PyTree) -> PyTree:
-    """Leaves with at least two axes; leaves of integers too, so that these are refused."""
-    return jax.tree.map(lambda p: jnp.ndim(p) > 1 or not jnp.issubdtype(jnp.result_type(p), jnp.floating), params)
+def _weights(params: PyTree) -> PyTree:
+    """Leaves with at least two axes that are no bias; leaves of integers too, so that these are refused."""
+    flat, treedef = jax.tree.flatten(params)
+    specs = treedef.flatten_up_to(flax_channel_axes(params))
+    floats = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in flat]
+    return treedef.unflatten(spec is not None or not real for spec, real in zip(specs, floats, strict=True))
 
 
 def confidence_guided_annealing(
     inner: optax.GradientTransformation,
     *,
     bits: int,
-    boundary_range: float | int = 0.005,
+    boundary_range: ArrayLike = 0.005,
     axis: Axis,
     mask: Any | Callable[[Any], Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -46,7 +50,8 @@ def confidence_guided_annealing(
       boundary_range: half the width of the band, in units of one level, from 0 to 0.5.
       axis: the axes that share one scale, as for :func:`statsq`; ``0`` for Flax dense kernels.
       mask: which leaves are quantized: a tree of booleans (or a prefix of one), or a function from the parameters to
-        one; None for those with at least two axes. All others train as they always do.
+        one; None for those with at least two axes that are not called ``bias`` or ``scale``. All others train as they
+        always do.
 
     Returns:
       A gradient transformation whose ``update`` needs ``params``.
@@ -89,13 +94,13 @@ def confidence_guided_annealing(
                 raise ValueError(f"params must hold floats, got {jnp.result_type(leaf)} at {where or 'the only leaf'}")
 
     def init(params: PyTree) -> Any:
-        check(params, resolve_mask(_has_rows if mask is None else mask, params))
+        check(params, resolve_mask(_weights if mask is None else mask, params))
         return extended.init(params)
 
     def update(updates: PyTree, state: Any, params: PyTree = None, **extra_args: Any):
         if params is None:
             raise ValueError("params must be given to update: which weights are frozen depends on them")
-        chosen = resolve_mask(_has_rows if mask is None else mask, params)
+        chosen = resolve_mask(_weights if mask is None else mask, params)
         check(params, chosen)
         fixed = jax.tree.map(frozen, chosen, params)
         updates = jax.tree.map(keep_free, updates, fixed, is_leaf=is_absent)

@@ -42,7 +42,7 @@ def lsq(
     bits: int,
     signed: bool = True,
     axis: Axis,
-    grad_scale: float | int | None = None,
+    grad_scale: ArrayLike | None = None,
     symmetric: bool = False,
 ) -> Shaped[Array, "*shape"]:
     r"""Learned step size quantization: $\hat x = s\,\mathrm{round}(\mathrm{clip}(x/s, -Q_N, Q_P))$.
@@ -110,7 +110,7 @@ def lsq_init(
     bits: int,
     signed: bool = True,
     axis: Axis,
-    multiplier: float | int = 2.0,
+    multiplier: ArrayLike = 2.0,
 ) -> Array:
     r"""Step sizes from data: $s = k\,\langle|x|\rangle\,/\sqrt{Q_P}$ in each group.
 

@@ -64,7 +64,7 @@ def oscillation_init(codes: Shaped[ArrayLike, "*shape"]) -> OscillationState:
 
 
 def oscillation_update(
-    state: OscillationState, codes: Shaped[ArrayLike, "*shape"], momentum: float | int = 0.01
+    state: OscillationState, codes: Shaped[ArrayLike, "*shape"], momentum: ArrayLike = 0.01
 ) -> OscillationState:
     r"""Takes one more step of codes into account.
 
@@ -112,7 +112,7 @@ def oscillation_update(
     )
 
 
-def oscillating_fraction(state: OscillationState, threshold: float | int = 0.005) -> Float[Array, ""]:
+def oscillating_fraction(state: OscillationState, threshold: ArrayLike = 0.005) -> Float[Array, ""]:
     """The share of entries whose frequency of oscillation exceeds a threshold.
 
     Args:
@@ -161,8 +161,8 @@ def freezing_update(
     state: FreezingState,
     codes: Shaped[ArrayLike, "*shape"],
     *,
-    threshold: float | int,
-    momentum: float | int = 0.01,
+    threshold: ArrayLike,
+    momentum: ArrayLike = 0.01,
 ) -> tuple[Shaped[Array, "*shape"], FreezingState]:
     """Iterative freezing: codes that oscillate more often than a threshold stop where they were on average.
 

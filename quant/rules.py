@@ -98,17 +98,17 @@ def match_rule(rules: Sequence[QuantRule], path: str) -> QuantRule | None:
     return next((rule for rule in rules if re.search(rule.path, path)), None)
 
 
-def _reduced_axes(rule: QuantRule, spec: ChannelAxes | None, ndim: int) -> Axis:
+def _reduced_axes(rule: QuantRule, spec: ChannelAxes, ndim: int) -> Axis:
     if not isinstance(rule.axis, str):
         return rule.axis
-    kept = (-1,) if spec is None else (*spec.channel, *spec.batch)
-    return tuple(axis for axis in range(ndim) if axis not in {a % ndim for a in kept})
+    kept = {axis % ndim for axis in (*spec.channel, *spec.batch)}
+    return tuple(axis for axis in range(ndim) if axis not in kept)
 
 
 def quantized_weights(params: PyTree, rules: Sequence[QuantRule]) -> Iterator[tuple[str, Any, QuantRule, Axis]]:
     """The weights that rules quantize: path, array, rule and the axes of a group, in the order of the tree's leaves.
 
-    Only arrays with at least two axes are weights; biases and the scales of normalizations never match.
+    Only arrays with at least two axes are weights, and none that is called ``bias`` or ``scale``.
 
     Args:
       params: parameters, of linen or nnx or any other tree of arrays.
@@ -127,20 +127,22 @@ def quantized_weights(params: PyTree, rules: Sequence[QuantRule]) -> Iterator[tu
       >>> [(path, axes) for path, _, _, axes in quantized_weights(params, [QuantRule("fc", weight_bits=4)])]
       [('fc/kernel', (0,))]
     """
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    specs = None
+    matched = []
+    flat, treedef = jax.tree_util.tree_flatten_with_path(params)
     for index, (path, leaf) in enumerate(flat):
         name = "/".join(path_names(path))
         rule = match_rule(rules, name)
-        if rule is None or rule.weight_bits is None or jnp.ndim(leaf) < 2:
+        if rule is not None and rule.weight_bits is not None and jnp.ndim(leaf) > 1:
+            matched.append((index, name, leaf, rule))
+    if not matched:
+        return
+    specs = treedef.flatten_up_to(flax_channel_axes(params))
+    for index, name, leaf, rule in matched:
+        if (spec := specs[index]) is None:
             continue
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise ValueError(f"params must hold floats where a rule quantizes them, got {leaf.dtype} at {name}")
-        if specs is None:
-            specs = jax.tree.leaves(
-                flax_channel_axes(params), is_leaf=lambda x: x is None or isinstance(x, ChannelAxes)
-            )
-        yield name, leaf, rule, _reduced_axes(rule, specs[index], jnp.ndim(leaf))
+        yield name, leaf, rule, _reduced_axes(rule, spec, jnp.ndim(leaf))
 
 
 def init_weight_qparams(params: PyTree, rules: Sequence[QuantRule]) -> QParams:

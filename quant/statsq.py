@@ -117,7 +117,7 @@ def statsq_codes(
 
 
 def high_confidence_mask(
-    w: Shaped[ArrayLike, "*shape"], *, bits: int, boundary_range: float | int, axis: Axis
+    w: Shaped[ArrayLike, "*shape"], *, bits: int, boundary_range: ArrayLike, axis: Axis
 ) -> Bool[Array, "*shape"]:
     r"""Which weights are far from every threshold of :func:`statsq`, so that annealing freezes them.
 
