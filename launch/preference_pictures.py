@@ -86,7 +86,7 @@ def comparison_picture(
 
 
 def _words(name: str) -> str:
-    return name.replace("_", " ")
+    return name.replace("_independent", "\nindependent").replace("_", " ")
 
 
 def _strips(figure, strips: Mapping[str, Strip], tokens: Sequence[str], marked: np.ndarray) -> None:
