@@ -1,8 +1,37 @@
 """Quantizers, quantization-aware training, post-training quantization and integer export, as pure functions."""
 
+from poise.quant.adaround import (
+    adaround_beta,
+    adaround_codes,
+    adaround_hard,
+    adaround_init,
+    adaround_regularizer,
+    adaround_rounding,
+    adaround_soft,
+)
 from poise.quant.annealing import confidence_guided_annealing
+from poise.quant.flexround import (
+    FlexRoundParams,
+    LRQParams,
+    flexround,
+    flexround_codes,
+    flexround_init,
+    lrq,
+    lrq_codes,
+    lrq_init,
+)
 from poise.quant.integer_dot import int8_conv, int8_dot, int8_dot_general, integer_weights, quantize_activations
 from poise.quant.lsq import lsq, lsq_init
+from poise.quant.nupes import (
+    NupesParams,
+    nupes_beta,
+    nupes_codes,
+    nupes_exponent,
+    nupes_hard,
+    nupes_init,
+    nupes_soft,
+    soft_round,
+)
 from poise.quant.oscillation import (
     FreezingState,
     OscillationState,
@@ -21,6 +50,7 @@ from poise.quant.power import (
     power_quantize,
     power_search,
 )
+from poise.quant.qdrop import qdrop
 from poise.quant.qk_product import qk_product
 from poise.quant.qparams import absmax_scale, minmax_qparams, mse_qparams
 from poise.quant.quantized_tensor import (
@@ -31,24 +61,45 @@ from poise.quant.quantized_tensor import (
     tensor_codes,
     tree_nbytes,
 )
+from poise.quant.quantizers import LRQ, AdaRound, FlexRound, Nupes, Quantizer
+from poise.quant.reconstruct import apply_quantizers, reconstruct, reconstruct_blocks, reconstruction_loss
 from poise.quant.rounding import clamp_inclusive, grad_scale, round_ste
 from poise.quant.rules import QuantRule, apply_weight_quant, init_weight_qparams, match_rule, quantized_weights
 from poise.quant.statsq import high_confidence_mask, statsq, statsq_codes
 from poise.quant.uniform import dequantize, fake_quantize, quantize
 
 __all__ = [
+    "LRQ",
     "PACKED_BITS",
+    "AdaRound",
+    "FlexRound",
+    "FlexRoundParams",
     "FreezingState",
+    "LRQParams",
+    "Nupes",
+    "NupesParams",
     "OscillationState",
     "QuantRule",
     "QuantizedTensor",
+    "Quantizer",
     "absmax_scale",
+    "adaround_beta",
+    "adaround_codes",
+    "adaround_hard",
+    "adaround_init",
+    "adaround_regularizer",
+    "adaround_rounding",
+    "adaround_soft",
+    "apply_quantizers",
     "apply_weight_quant",
     "clamp_inclusive",
     "confidence_guided_annealing",
     "dequantize",
     "dequantize_tensor",
     "fake_quantize",
+    "flexround",
+    "flexround_codes",
+    "flexround_init",
     "freezing_init",
     "freezing_update",
     "grad_scale",
@@ -59,11 +110,20 @@ __all__ = [
     "int8_dot_general",
     "integer_weights",
     "is_quantized",
+    "lrq",
+    "lrq_codes",
+    "lrq_init",
     "lsq",
     "lsq_init",
     "match_rule",
     "minmax_qparams",
     "mse_qparams",
+    "nupes_beta",
+    "nupes_codes",
+    "nupes_exponent",
+    "nupes_hard",
+    "nupes_init",
+    "nupes_soft",
     "oscillating_fraction",
     "oscillation_init",
     "oscillation_update",
@@ -75,12 +135,17 @@ __all__ = [
     "power_fake_quantize",
     "power_quantize",
     "power_search",
+    "qdrop",
     "qk_product",
     "quantize",
     "quantize_activations",
     "quantized_tensor",
     "quantized_weights",
+    "reconstruct",
+    "reconstruct_blocks",
+    "reconstruction_loss",
     "round_ste",
+    "soft_round",
     "statsq",
     "statsq_codes",
     "storage_bits",

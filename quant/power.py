@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Integer, PyTree
 from poise.core.arguments import check_range
 from poise.core.arrays import at_least_float32
 from poise.quant.checks import Axis, as_floats, check_bits, check_not_empty, group_axes, safe_scale
+from poise.quant.division import divide
 
 GRID = (0.1, 1.5, 0.02)
 GOLDEN_STEPS = 24
@@ -89,7 +90,7 @@ def power_latent(w: ArrayLike, scale: Array, a: ArrayLike, levels: int, signed: 
     """
     wide = at_least_float32(w)
     size = jnp.abs(wide) if signed else jnp.maximum(wide, 0)
-    unit = size / safe_scale(scale).astype(wide.dtype)
+    unit = divide(size, safe_scale(scale).astype(wide.dtype))
     return jnp.sign(wide) * levels * unit ** jnp.asarray(a, wide.dtype)
 
 
@@ -137,7 +138,7 @@ def power_values(codes: Float[Array, "..."], a: ArrayLike, levels: int) -> Float
     """
     size = jnp.abs(codes)
     inside = size > 1e-6
-    unit = jnp.where(inside, size, 1.0) / levels
+    unit = divide(jnp.where(inside, size, 1.0), jnp.asarray(levels, size.dtype))
     inverse = 1 / jnp.asarray(a, unit.dtype)
     values = jnp.sign(codes) * unit**inverse
     # Below the cut the map is the chord from zero.
