@@ -55,7 +55,7 @@ def draw_frames(
     returns: Float[np.ndarray, " steps"],
     probs: Float[np.ndarray, "steps bins"] | None = None,
     support: Float[np.ndarray, " bins"] | None = None,
-) -> list[UInt8[np.ndarray, "height width 3"]]:
+) -> list[UInt8[np.ndarray, "tall wide 3"]]:
     """Draws an episode.
 
     Args:

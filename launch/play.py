@@ -74,19 +74,24 @@ def run(config: PlayConfig) -> None:
     net = make_network(settings, env, transform)
     params = jax.tree.map(lambda leaf: leaf[config.agent], learner.params)
     steps = min(config.max_steps, settings.preset.episode_steps)
-    key = jax.random.key(config.seed)
-    played = jax.device_get(play_episodes(env, net, transform, params, key, num_episodes=1, max_steps=steps))
+
+    @jax.jit
+    def episode(params, key):
+        played = play_episodes(env, net, transform, params, key, num_episodes=1, max_steps=steps)
+        probs = None if transform.support is None else jax.nn.softmax(played.outputs)
+        return played, transform.decode(played.outputs), probs
+
+    played, values, probs = jax.device_get(episode(params, jax.random.key(config.seed)))
     if played.observations.ndim not in (4, 5):  # steps, episodes, height, width, perhaps channels
         raise ConfigError(f"the observations of {settings.env} are no pictures: {played.observations.shape[2:]}")
 
     length = int(np.sum(played.counted))
-    support = None if transform.support is None else np.asarray(transform.support)
     frames = draw_frames(
         played.observations[: length + 1, 0],
-        np.asarray(transform.decode(played.outputs[:length, 0])),
+        values[:length, 0],
         np.cumsum(played.rewards[:length, 0]),
-        None if support is None else np.asarray(jax.nn.softmax(played.outputs[:length, 0])),
-        support,
+        None if probs is None else probs[:length, 0],
+        None if transform.support is None else np.asarray(transform.support),
     )
     output = pathlib.Path(config.output or f"{config.workdir}/play_{loss}").expanduser()
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -45,6 +45,10 @@ def make(seed, frozen=True):
 LAYOUTS = [Layout(make(0, frozen=False)), Layout(make(0))]
 
 
+def shardings(layouts, sharding=SHARDING):
+    return [([sharding] * len(layout.live_names), [sharding] * len(layout.frozen_names)) for layout in layouts]
+
+
 def store(path, log=None, phases=PHASES, seed=0, keep=2):
     return CheckpointStore(path / "checkpoints", phases, seed, keep, (lambda text: None) if log is None else log.append)
 
@@ -69,7 +73,7 @@ def assert_same(left, right):
 
 
 def restore(path, **options):
-    restored = store(path, **options).restore_newest(LAYOUTS, SHARDING)
+    restored = store(path, **options).restore_newest(LAYOUTS, shardings(LAYOUTS))
     return restored and (restored.phase, restored.step)
 
 
@@ -90,7 +94,7 @@ def run(original, tmp_path):
 
 
 def test_the_newest_comes_back_to_the_bit(run):
-    restored = store(run).restore_newest(LAYOUTS, SHARDING)
+    restored = store(run).restore_newest(LAYOUTS, shardings(LAYOUTS))
     assert (restored.phase, restored.step, restored.seconds) == (1, 15, {"teacher": 1.5, "student": 15 / 8})
     assert_same(LAYOUTS[1].merge(restored.live, restored.frozen), make(115))
 
@@ -122,7 +126,7 @@ def test_a_state_that_is_donated_after_the_save_is_saved_as_it_was(tmp_path):
         writer.save(0, count, layout, live, (), {})
     writer.close()
     for count in range(6, 0, -1):
-        restored = store(tmp_path).restore_newest([layout, layout], SHARDING)
+        restored = store(tmp_path).restore_newest([layout, layout], shardings([layout, layout]))
         assert restored.step == count
         assert (np.asarray(restored.live[0]) == count).all()
         shutil.rmtree(tmp_path / "checkpoints" / "00_teacher" / str(count))
@@ -131,7 +135,7 @@ def test_a_state_that_is_donated_after_the_save_is_saved_as_it_was(tmp_path):
 def test_restored_on_eight_devices(run):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    restored = store(run).restore_newest(LAYOUTS, replicated)
+    restored = store(run).restore_newest(LAYOUTS, shardings(LAYOUTS, replicated))
     assert all(leaf.sharding.is_equivalent_to(replicated, leaf.ndim) for leaf in restored.live + restored.frozen)
     assert_same(LAYOUTS[1].merge(restored.live, restored.frozen), make(115))
 
@@ -168,7 +172,7 @@ def test_whatever_file_is_damaged_the_state_is_right_or_the_one_before(original,
         shutil.copytree(original, run)
         damage(run / file.relative_to(original))
         said = []
-        restored = store(run, said).restore_newest(LAYOUTS, SHARDING)
+        restored = store(run, said).restore_newest(LAYOUTS, shardings(LAYOUTS))
         assert restored.phase == 1
         assert restored.step in (10, 15)
         assert_same(LAYOUTS[1].merge(restored.live, restored.frozen), make(100 + restored.step))
@@ -202,7 +206,7 @@ def test_flipped_bits_in_the_arrays_are_noticed(tmp_path):
         changed = bytearray(content)
         changed[place] ^= 1 << int(place) % 8
         file.write_bytes(changed)
-        restored = store(tmp_path).restore_newest([layout, layout], SHARDING)
+        restored = store(tmp_path).restore_newest([layout, layout], shardings([layout, layout]))
         assert restored.step == 1
         np.testing.assert_array_equal(restored.live[0], arrays[0])
         shutil.rmtree(tmp_path / "checkpoints")
@@ -341,9 +345,11 @@ def test_other_runs_checkpoints_are_refused_and_stay(run):
         restore(run, phases=[("professor", 10), ("student", 20)])
     other = make(0)._replace(params={"linear/w": jnp.zeros((4, 4)), "b": jnp.zeros(3, jnp.bfloat16)})
     with pytest.raises(CheckpointError, match=r"params/linear/w is float32\[4, 3\] there and float32\[4, 4\] now"):
-        store(run).restore_newest([LAYOUTS[0], Layout(other)], SHARDING)
+        changed = [LAYOUTS[0], Layout(other)]
+        store(run).restore_newest(changed, shardings(changed))
     with pytest.raises(CheckpointError, match=r"key is key<fry>\[2\] there and not there now"):
-        store(run).restore_newest([LAYOUTS[0], Layout(make(0)._replace(key=()))], SHARDING)
+        changed = [LAYOUTS[0], Layout(make(0)._replace(key=()))]
+        store(run).restore_newest(changed, shardings(changed))
     assert files(run) == before
     assert restore(run, phases=[("teacher", 10), ("student", 500)]) == (1, 15)
 
@@ -405,7 +411,9 @@ def test_states_without_any_arrays(tmp_path):
     writer = CheckpointStore(tmp_path, [("a", 1)], 0, 1, lambda text: None)
     writer.save(0, 1, layout, (), (), {})
     writer.close()
-    restored = CheckpointStore(tmp_path, [("a", 1)], 0, 1, lambda text: None).restore_newest([layout], SHARDING)
+    restored = CheckpointStore(tmp_path, [("a", 1)], 0, 1, lambda text: None).restore_newest(
+        [layout], shardings([layout])
+    )
     assert (restored.step, restored.live) == (1, ())
 
 

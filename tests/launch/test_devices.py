@@ -30,8 +30,8 @@ def test_a_batch_that_does_not_fit_is_named_with_both_numbers():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="parallel must be one of jit, got 'pmap'"):
-        Placement(parallel="pmap")
+    with pytest.raises(ValueError, match="parallel must be one of jit, pmap, got 'xmap'"):
+        Placement(parallel="xmap")
     with pytest.raises(ValueError, match="at least one device"):
         Placement([])
     assert Placement().num_devices == len(jax.devices())

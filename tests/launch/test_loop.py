@@ -516,7 +516,7 @@ def test_steps_that_change_the_state_are_named(tmp_path):
         ({}, dict(seed=2**32), "seed must be less than"),
         ({}, dict(save_every=-1), "save_every must be at least 0, got -1"),
         ({}, dict(keep=0), "keep must be at least 1, got 0"),
-        ({}, dict(parallel="pmap"), "parallel must be one of jit, got 'pmap'"),
+        ({}, dict(parallel="xmap"), "parallel must be one of jit, pmap, got 'xmap'"),
     ],
 )
 def test_bad_arguments_are_named(tmp_path, change, options, words):

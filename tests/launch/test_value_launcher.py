@@ -67,6 +67,7 @@ def test_the_run_writes_everything(finished):
     assert [line.split()[0] for line in table[2:]] == ["mse", "hl_gauss"]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_with_the_same_bits(finished, tmp_path):
     undisturbed, (printed, _) = finished
     tiny.stop_in_phase("mse", "value", *SMALL, workdir=tmp_path)
