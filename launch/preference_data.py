@@ -1,5 +1,6 @@
 """Pairs of a chosen and a rejected text as tokens: from the synthetic experiment, or from a file of JSON lines."""
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -100,6 +101,12 @@ def _digest(*arrays: np.ndarray) -> str:
     return found.hexdigest()
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key, count, shares):
+    source_key, text_key = jax.random.split(key)
+    return trigger_texts(text_key, count, trigger_source(source_key), shares)
+
+
 def trigger_pairs(seed: int, num_pairs: int, num_held_out: int) -> PreferenceData:
     """The synthetic experiment, see :mod:`poise.launch.trigger_task`.
 
@@ -114,19 +121,16 @@ def trigger_pairs(seed: int, num_pairs: int, num_held_out: int) -> PreferenceDat
       >>> data.train.chosen.shape, data.held_out.rejected_mask.shape
       ((3, 16), (2, 15))
     """
-    source_key, corpus_key, chosen_key, rejected_key, mixed_key = jax.random.split(jax.random.key(seed), 5)
-    source = trigger_source(source_key)
-
-    def texts(key, count, share):
-        return np.asarray(trigger_texts(key, count, source, share), np.int32)
+    count = num_pairs + num_held_out
+    counts = {"corpus": (_CORPUS, 0.5), "mixed": (_MIXED, 0.5), "chosen": (count, 1.0), "rejected": (count, 0.0)}
+    shares = np.concatenate([np.full(number, share, np.float32) for number, share in counts.values()])
+    drawn = np.asarray(_draw(jax.random.key(seed), len(shares), shares), np.int32)
+    ends = np.cumsum([number for number, _ in counts.values()])[:-1]
+    corpus, mixed, chosen, rejected = np.split(drawn, ends)
 
     def whole(tokens):
         return np.ones((len(tokens), tokens.shape[1] - 1), bool)
 
-    corpus, mixed = texts(corpus_key, _CORPUS, 0.5), texts(mixed_key, _MIXED, 0.5)
-    chosen, rejected = (
-        texts(key, num_pairs + num_held_out, share) for key, share in ((chosen_key, 1.0), (rejected_key, 0.0))
-    )
     train, held_out = (
         Pairs(chosen[part], rejected[part], whole(chosen[part]), whole(rejected[part]))
         for part in (slice(num_pairs), slice(num_pairs, None))

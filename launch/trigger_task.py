@@ -5,7 +5,7 @@ All else is a bigram source that both share, so that whatever a model changes el
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
 VOCAB, LENGTH = 32, 16
 TRIGGER, GOOD, BAD = 1, (2, 3, 4, 5), (6, 7, 8, 9)
@@ -25,7 +25,7 @@ def trigger_source(key: PRNGKeyArray) -> Float[Array, "vocab vocab"]:
 
 
 def trigger_texts(
-    key: PRNGKeyArray, count: int, source: Float[Array, "vocab vocab"], good_share: float
+    key: PRNGKeyArray, count: int, source: Float[Array, "vocab vocab"], good_share: ArrayLike
 ) -> Int[Array, "count length"]:
     """Walks of the source; after each trigger comes a good token or a bad one.
 
@@ -33,7 +33,7 @@ def trigger_texts(
       key: a random key.
       count: how many.
       source: from :func:`trigger_source`.
-      good_share: the probability of a good token after a trigger.
+      good_share: the probability of a good token after a trigger, a number or one for each text.
 
     Example:
       >>> import jax
@@ -43,14 +43,14 @@ def trigger_texts(
       True
     """
 
-    def walk(key):
+    def walk(key, share):
         first_key, key = jax.random.split(key)
 
         def move(last, key):
             plain_key, coin_key, place_key = jax.random.split(key, 3)
             plain = jax.random.categorical(plain_key, source[last])
             place = jax.random.randint(place_key, (), 0, len(GOOD))
-            good = jax.random.bernoulli(coin_key, good_share)
+            good = jax.random.bernoulli(coin_key, share)
             after = jnp.where(good, jnp.array(GOOD)[place], jnp.array(BAD)[place])
             token = jnp.where(last == TRIGGER, after, plain)
             return token, token
@@ -58,4 +58,5 @@ def trigger_texts(
         first = jax.random.randint(first_key, (), 0, VOCAB)
         return jnp.concatenate([first[None], jax.lax.scan(move, first, jax.random.split(key, LENGTH - 1))[1]])
 
-    return jax.vmap(walk)(jax.random.split(key, count))
+    shares = jnp.broadcast_to(jnp.asarray(good_share, jnp.float32), (count,))
+    return jax.vmap(walk)(jax.random.split(key, count), shares)
