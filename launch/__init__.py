@@ -26,9 +26,11 @@ _HOMES = {
     "batch_indices": "data",
     "field": "config",
     "fit": "loop",
+    "load_quantized": "quantized_files",
     "load_student": "export",
     "parse_config": "config",
     "restore_tree": "checkpoint",
+    "save_quantized": "quantized_files",
     "save_student": "export",
     "settle_config": "workdir",
     "validate": "config",
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from poise.launch.manifest import CheckpointError
     from poise.launch.phase import Phase
     from poise.launch.progress import Console
+    from poise.launch.quantized_files import load_quantized, save_quantized
     from poise.launch.signals import Interrupted
     from poise.launch.workdir import settle_config
     from poise.launch.writers import Writer
@@ -70,9 +73,11 @@ __all__ = [
     "batch_indices",
     "field",
     "fit",
+    "load_quantized",
     "load_student",
     "parse_config",
     "restore_tree",
+    "save_quantized",
     "save_student",
     "settle_config",
     "validate",

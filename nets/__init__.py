@@ -29,6 +29,7 @@ from poise.nets.evonorm import (
 from poise.nets.generate import generate
 from poise.nets.group_norm import GroupNorm, group_count
 from poise.nets.initializers import LayerInit
+from poise.nets.integer_layers import activation_scales, integer_apply
 from poise.nets.labels import label_vectors
 from poise.nets.mlp import MLP, AffineGenerator, MLPHead
 from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning_of
@@ -85,6 +86,7 @@ __all__ = [
     "ValueMLP",
     "VisionTransformer",
     "activation_quantization",
+    "activation_scales",
     "adm",
     "ddpmpp",
     "downsample",
@@ -99,6 +101,7 @@ __all__ = [
     "iddpm_coefficients",
     "iddpm_levels",
     "infer_config",
+    "integer_apply",
     "label_vectors",
     "ncsnpp",
     "pixel_attention",

@@ -10,6 +10,7 @@ from poise.quant.adaround import (
     adaround_soft,
 )
 from poise.quant.annealing import confidence_guided_annealing
+from poise.quant.export import QuantizedParams, dequantize_tree, export, quantizers_of
 from poise.quant.flexround import (
     FlexRoundParams,
     LRQParams,
@@ -80,6 +81,7 @@ __all__ = [
     "NupesParams",
     "OscillationState",
     "QuantRule",
+    "QuantizedParams",
     "QuantizedTensor",
     "Quantizer",
     "absmax_scale",
@@ -96,6 +98,8 @@ __all__ = [
     "confidence_guided_annealing",
     "dequantize",
     "dequantize_tensor",
+    "dequantize_tree",
+    "export",
     "fake_quantize",
     "flexround",
     "flexround_codes",
@@ -141,6 +145,7 @@ __all__ = [
     "quantize_activations",
     "quantized_tensor",
     "quantized_weights",
+    "quantizers_of",
     "reconstruct",
     "reconstruct_blocks",
     "reconstruction_loss",

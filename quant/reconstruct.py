@@ -88,7 +88,8 @@ def reconstruct(
 
     Raises:
       ValueError: if there are no examples, the output's shape is not the target's, nothing is quantized, a path does
-        not exist, ``steps`` or ``batch_size`` is out of range, or the loss becomes NaN or infinite (with the block's name).
+        not exist, ``steps`` or ``batch_size`` is out of range, or the loss becomes NaN or infinite (with the
+        block's name).
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

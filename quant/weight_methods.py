@@ -9,7 +9,9 @@ from jax import Array
 
 from poise.quant.checks import Axis
 from poise.quant.lsq import lsq, lsq_init
+from poise.quant.power import power_fake_quantize, power_search
 from poise.quant.qparams import absmax_scale, minmax_qparams, mse_qparams
+from poise.quant.quantizers import QUANTIZERS, Quantizer
 from poise.quant.statsq import statsq
 from poise.quant.uniform import fake_quantize
 
@@ -69,10 +71,35 @@ def _mse(w: Array, parameters: Parameters, bits: int, axis: Axis) -> Array:
     return fake_quantize(w, scale, parameters["zero_point"], bits=bits, signed=False)
 
 
+def _power_init(w: Array, bits: int, axis: Axis) -> Parameters:
+    return {"exponent": power_search(w, bits=bits, axis=axis)}
+
+
+def _power(w: Array, parameters: Parameters, bits: int, axis: Axis) -> Array:
+    return power_fake_quantize(w, parameters["exponent"], bits=bits, axis=axis)
+
+
+def _reconstructed(kind: type[Quantizer]) -> WeightMethod:
+    """A method of post-training quantization: what it learns starts as if rounded at once, or comes from elsewhere."""
+
+    def init(w: Array, bits: int, axis: Axis) -> Parameters:
+        return kind(bits, axis).init(w, jax.random.key(0))
+
+    def apply(w: Array, parameters: Parameters, bits: int, axis: Axis) -> Array:
+        try:
+            return kind(bits, axis).hard(w, parameters)
+        except TypeError as error:
+            raise KeyError(str(error)) from error
+
+    return WeightMethod(init, apply)
+
+
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "absmax": WeightMethod(_nothing, _absmax),
     "lsq": WeightMethod(_lsq_init, _lsq),
     "minmax": WeightMethod(_nothing, _minmax),
     "mse": WeightMethod(_mse_init, _mse),
+    "power": WeightMethod(_power_init, _power),
     "statsq": WeightMethod(_nothing, _statsq),
+    **{name: _reconstructed(kind) for name, kind in QUANTIZERS.items()},
 }
