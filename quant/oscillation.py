@@ -100,15 +100,15 @@ def oscillation_update(
     codes = jnp.asarray(codes)
     if codes.shape != state.codes.shape:
         raise ValueError(f"codes must have the shape {state.codes.shape} of the first ones, got {codes.shape}")
-    wide = codes.astype(jnp.float32)
+    wide, m = codes.astype(jnp.float32), jnp.asarray(momentum, jnp.float32)
     direction = jnp.sign(jnp.round(state.codes.astype(jnp.float32) - wide)).astype(jnp.int8)
     oscillated = state.direction * direction == -1
     return OscillationState(
         codes.astype(state.codes.dtype),
         jnp.where(direction != 0, direction, state.direction),
-        momentum * oscillated.astype(jnp.float32) + (1 - momentum) * state.frequency,
+        m * oscillated.astype(jnp.float32) + (1 - m) * state.frequency,
         state.total + oscillated,
-        momentum * wide + (1 - momentum) * state.mean_codes,
+        m * wide + (1 - m) * state.mean_codes,
     )
 
 

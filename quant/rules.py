@@ -168,8 +168,10 @@ def init_weight_qparams(params: PyTree, rules: Sequence[QuantRule]) -> QParams:
     """
     qparams = {}
     for name, leaf, rule, axes in quantized_weights(params, rules):
+        bits = rule.weight_bits
+        assert bits is not None  # of rules that quantized_weights yields
         try:
-            parameters = WEIGHT_METHODS[rule.method].init(leaf, rule.weight_bits, axes)
+            parameters = WEIGHT_METHODS[rule.method].init(leaf, bits, axes)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         if parameters:
@@ -209,8 +211,10 @@ def apply_weight_quant(params: PyTree, qparams: QParams, rules: Sequence[QuantRu
     new, unused = {}, set(qparams)
     for name, leaf, rule, axes in quantized_weights(params, rules):
         unused.discard(name)
+        bits = rule.weight_bits
+        assert bits is not None  # of rules that quantized_weights yields
         try:
-            new[name] = WEIGHT_METHODS[rule.method].apply(leaf, qparams.get(name, {}), rule.weight_bits, axes)
+            new[name] = WEIGHT_METHODS[rule.method].apply(leaf, qparams.get(name, {}), bits, axes)
         except KeyError as error:
             raise ValueError(f"qparams must hold {error} of {name} for the method {rule.method!r}") from error
         except ValueError as error:
