@@ -56,6 +56,7 @@ class Restored(NamedTuple):
 # Held from a failure on: orbax's threads go on complaining of it until the process ends.
 _HUSHED: list[contextlib.ExitStack] = []
 
+Shardings = tuple[Sequence[Any], Sequence[Any]]  # of the live leaves and of the frozen ones
 MakeFrozen = Callable[[int, Restored | None], Sequence[jax.Array]]
 
 
@@ -63,7 +64,7 @@ class _Reader(NamedTuple):
     """How leaves are read: see :meth:`CheckpointStore.restore_newest`."""
 
     layouts: tuple[Layout, ...]
-    sharding: Any
+    shardings: tuple[Shardings, ...]
     make_frozen: MakeFrozen | None
 
 
@@ -110,7 +111,7 @@ class CheckpointStore:
     # Reading
 
     def restore_newest(
-        self, layouts: Sequence[Layout], sharding: Any, make_frozen: MakeFrozen | None = None
+        self, layouts: Sequence[Layout], shardings: Sequence[Shardings], make_frozen: MakeFrozen | None = None
     ) -> Restored | None:
         """The newest checkpoint that is whole, or None where there is none yet.
 
@@ -120,7 +121,7 @@ class CheckpointStore:
 
         Args:
           layouts: of every phase's state.
-          sharding: of every leaf.
+          shardings: of every phase's live and frozen leaves; the devices need not be those that it was saved from.
           make_frozen: ``(phase, the end of the phase before, or None for the first) -> frozen leaves`` that the phase
             starts with.
 
@@ -129,7 +130,7 @@ class CheckpointStore:
             of another shape. Also if the system doesn't let one be read, and if all of them are damaged. No
             checkpoint is put aside then, and starting afresh takes moving them away.
         """
-        reader = _Reader(tuple(layouts), sharding, make_frozen)
+        reader = _Reader(tuple(layouts), tuple(shardings), make_frozen)
         with quiet_orbax(), reading(self.directory):
             self._clean()
             self._check_phases()
@@ -169,7 +170,7 @@ class CheckpointStore:
         meta = read_meta(path)
         self._check_same_run(path, meta, phase, step)
         manifest = matching(path, meta["leaves"], layout.live_names, layout.abstract_live)
-        live = read_leaves(path, manifest, layout.abstract_live, reader.sharding)
+        live = read_leaves(path, manifest, layout.abstract_live, reader.shardings[phase][0])
         frozen: tuple[jax.Array, ...] = ()
         if layout.frozen_names:
             frozen = self._restore_frozen(reader, phase, frozen_home(self.directory, meta))
@@ -180,7 +181,7 @@ class CheckpointStore:
         try:
             manifest = read_frozen_manifest(home)
             manifest = matching(home, manifest, layout.frozen_names, layout.abstract_frozen)
-            frozen = read_leaves(home, manifest, layout.abstract_frozen, reader.sharding)
+            frozen = read_leaves(home, manifest, layout.abstract_frozen, reader.shardings[phase][1])
         except Damaged as error:
             self._put_aside(home)
             frozen = self._make_frozen(reader, phase)
@@ -288,7 +289,8 @@ class CheckpointStore:
         path = self.directory / "frozen" / content_hash(manifest)[:32]
         if path.exists():
             try:  # from before; what refers to it from now on shall find it whole
-                read_leaves(path, read_frozen_manifest(path), layout.abstract_frozen, frozen[0].sharding)
+                shardings = [leaf.sharding for leaf in frozen]
+                read_leaves(path, read_frozen_manifest(path), layout.abstract_frozen, shardings)
             except Damaged as error:
                 self._put_aside(path)
                 self._log(f"warning: {path} is damaged and is written anew: {error}")
@@ -419,7 +421,7 @@ def _restore_tree(checkpoint: pathlib.Path) -> PyTree:
         leaves: list[jax.Array] = []
         for home, manifest in parts:
             abstract = [jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype_named(entry["dtype"])) for entry in manifest]
-            leaves += read_leaves(home, manifest, abstract, sharding)
+            leaves += read_leaves(home, manifest, abstract, [sharding] * len(abstract))
             paths += [tuple(entry["path"]) for entry in manifest]
     except Damaged as error:
         raise CheckpointError(f"the checkpoint {checkpoint} is damaged: {error}") from error

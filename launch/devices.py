@@ -1,5 +1,6 @@
 """Which devices a run uses and how its arrays lie on them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from poise.launch.errors import LaunchError
+from poise.launch.leaves import Layout, is_key
+from poise.launch.sharding import DATA, FSDP, LeafSpecs, Rules, parse_mesh, parse_rules
 
-PARALLEL = ("jit",)
-AXIS = "data"
+PARALLEL = ("jit", "pmap")
 
 
 class DeviceError(LaunchError, ValueError):
@@ -19,14 +21,19 @@ class DeviceError(LaunchError, ValueError):
 
 
 class Placement:
-    """One mesh axis ``data``: batches are split over it, states lie whole on every device.
+    """A mesh of devices: batches are split over its axes ``data`` and ``fsdp``, parameters over ``fsdp`` and ``model``.
 
     Args:
       devices: the devices, all of one kind; None for all there are.
-      parallel: ``"jit"``: one program over all devices, in which a mean over the batch is one over the global batch.
+      parallel: ``"jit"``: one program over all devices, in which a mean over the batch is one over the global batch;
+        ``"pmap"``: the same program on every device, whose means are taken by the algorithm, over the axis ``data``.
+      mesh: sizes of the axes, see :func:`poise.launch.sharding.parse_mesh`; empty for all devices on ``data``.
+      sharding: rules for the leaves of the state, as text or as pairs, see
+        :class:`poise.launch.sharding.LeafSpecs`; without, only ``fsdp`` splits leaves, by their size.
 
     Raises:
       ValueError: for another ``parallel`` or no devices.
+      ConfigError: if the mesh doesn't take all devices, or doesn't fit the rules or ``parallel``.
 
     Example:
       >>> import jax
@@ -35,21 +42,49 @@ class Placement:
       1
     """
 
-    def __init__(self, devices: Sequence[jax.Device] | None = None, parallel: str = "jit"):
+    def __init__(
+        self,
+        devices: Sequence[jax.Device] | None = None,
+        parallel: str = "jit",
+        mesh: str = "",
+        sharding: str | Rules = "",
+    ):
         if parallel not in PARALLEL:
             raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
         chosen = jax.devices() if devices is None else list(devices)
         if not chosen:
             raise ValueError("devices must name at least one device, got none")
+        sizes = parse_mesh(mesh, len(chosen))
+        rules = parse_rules(sharding) if isinstance(sharding, str) else sharding
+        if parallel == "pmap" and (rules or sizes[DATA] < len(chosen)):
+            raise ValueError(f"parallel=pmap splits nothing but batches, got mesh {mesh!r} and sharding {sharding!r}")
         # Auto: the compiler decides how values between are laid out; algorithms say nothing about devices.
-        self.mesh = Mesh(np.array(chosen), (AXIS,), axis_types=(AxisType.Auto,))
-        self.num_devices = len(chosen)
+        types = (AxisType.Auto,) * len(sizes)
+        self.mesh = Mesh(np.array(chosen).reshape(tuple(sizes.values())), tuple(sizes), axis_types=types)
+        self.devices, self.num_devices, self.parallel = chosen, len(chosen), parallel
         self.platform = chosen[0].platform
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.specs = LeafSpecs(sizes, rules)
+        self._batch_axes = tuple(axis for axis in (DATA, FSDP) if axis in sizes)
+        self.batch_shards = math.prod(sizes[axis] for axis in self._batch_axes)
 
     def batch_sharding(self, batch_axis: int) -> NamedSharding:
         """How the leaves of a batch lie: split along one axis."""
-        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, AXIS))
+        axes = self._batch_axes if len(self._batch_axes) > 1 else self._batch_axes[0]
+        return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, axes))
+
+    def leaf_shardings(self, layout: Layout) -> tuple[tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:
+        """How the live and the frozen leaves of a state lie.
+
+        Raises:
+          ConfigError: if the rules don't fit a leaf.
+        """
+
+        def of(names: Sequence[str], leaves: Sequence[Any]) -> tuple[NamedSharding, ...]:
+            specs = (self.specs.spec(name, leaf, is_key(leaf)) for name, leaf in zip(names, leaves, strict=True))
+            return tuple(NamedSharding(self.mesh, spec) for spec in specs)
+
+        return of(layout.live_names, layout.abstract_live), of(layout.frozen_names, layout.abstract_frozen)
 
     def check_batch(self, batch: PyTree, batch_axis: int, name: str) -> None:
         """Makes sure that every leaf of a batch can be split.
@@ -63,9 +98,9 @@ class Placement:
                 raise DeviceError(
                     f"{where} has shape {leaf.shape}, which has no axis {batch_axis} that counts examples"
                 )
-            if leaf.shape[batch_axis] % self.num_devices:
+            if leaf.shape[batch_axis] % self.batch_shards:
                 raise DeviceError(
-                    f"{where} has {leaf.shape[batch_axis]} examples, which {self.num_devices} devices can't share"
+                    f"{where} has {leaf.shape[batch_axis]} examples, which {self.batch_shards} devices can't share"
                 )
 
     def place_batch(self, batch: Any, batch_axis: int) -> PyTree:

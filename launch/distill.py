@@ -102,7 +102,16 @@ class DistillConfig:
         60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
     )
     keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
-    parallel: str = field("jit", "how a batch is spread over devices", role="execution", choices=("jit",))
+    parallel: str = field(
+        "jit",
+        "jit: one program over all devices; pmap: the same on each",
+        role="execution",
+        choices=("jit", "pmap"),
+    )
+    mesh: str = field("", "axes of the devices, such as data:4,fsdp:2; empty: all on data", role="execution")
+    sharding: str = field(
+        "", "layout of parameters, rules REGEX=AXIS,AXIS;...; empty: over fsdp by size", role="execution"
+    )
     jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def __post_init__(self):
@@ -246,6 +255,8 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
         save_every_seconds=config.save_every_seconds,
         keep=config.keep,
         parallel=config.parallel,
+        mesh=config.mesh,
+        sharding=config.sharding,
     )
     write_results(config, network, result, train, judge, class_names, workdir)
 

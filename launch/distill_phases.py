@@ -86,8 +86,9 @@ def distill_phases(
     )
     warmup = Phase(
         name="warmup",
-        make_algorithm=lambda finished: distillation(
+        make_algorithm=lambda finished, axis_name=None: distillation(
             config=dataclasses.replace(settings, fake_updates=1),
+            axis_name=axis_name,
             teacher=finished if config.teacher else teacher_variables(finished),
             update_student=False,
         ),
@@ -96,7 +97,7 @@ def distill_phases(
     )
     distill = Phase(
         name="distill",
-        make_algorithm=lambda warm: distillation(config=settings, start=warm),
+        make_algorithm=lambda warm, axis_name=None: distillation(config=settings, start=warm, axis_name=axis_name),
         data=batches(config.batch_size, config.fake_updates, config.steps),
         num_steps=config.steps,
         evaluate=_quick_evaluation(network, judge, settings.sigma_init),
@@ -149,9 +150,10 @@ def _teacher_phase(config: "DistillConfig", network: NetworkConfig, net: Any, ba
     optimizer = optax.adamw(rate, weight_decay=1e-4)
     return Phase(
         name="teacher",
-        make_algorithm=lambda _: edm_teacher(
+        make_algorithm=lambda _, axis_name=None: edm_teacher(
             net,
             optimizer,
+            axis_name=axis_name,
             sigma_data=network.sigma_data,
             ema_halflife=config.teacher_ema_halflife,
             ema_rampup=config.teacher_ema_rampup or None,

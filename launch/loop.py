@@ -25,6 +25,7 @@ from poise.launch.leaves import Layout, host_scalar
 from poise.launch.lock import workdir_lock
 from poise.launch.phase import Phase, Program
 from poise.launch.progress import Console, duration
+from poise.launch.sharding import Rules
 from poise.launch.signals import Interrupted, StopRequest, stop_on_signals
 from poise.launch.timing import TimingLog
 from poise.launch.workdir import prepare_workdir
@@ -64,6 +65,8 @@ def fit(
     save_every_seconds: float | int = 60.0,
     keep: int = 2,
     parallel: str = "jit",
+    mesh: str = "",
+    sharding: str | Rules = "",
     devices: Sequence[jax.Device] | None = None,
     writers: Sequence[Writer] = (),
     tensorboard: bool = True,
@@ -88,7 +91,12 @@ def fit(
       save_every: steps between checkpoints; 0: by time alone.
       save_every_seconds: seconds between checkpoints; 0: by steps alone.
       keep: checkpoints kept of each phase.
-      parallel: how a batch is spread over devices; ``"jit"``.
+      parallel: how a batch is spread over devices; ``"jit"``: one program over all of them; ``"pmap"``: the same
+        program on each, for phases whose ``make_algorithm`` takes ``axis_name``.
+      mesh: the devices' axes, such as ``"data:4,fsdp:2"``; empty for all on ``data``. See
+        :func:`poise.launch.sharding.parse_mesh`.
+      sharding: rules for the layout of the state's leaves, such as ``"kernel$=-,fsdp;.*="``; without, only an axis
+        ``fsdp`` splits leaves. See :class:`poise.launch.sharding.LeafSpecs`. Both may change when a run goes on.
       devices: the devices; None for all.
       writers: take metrics and pictures besides the files above.
       tensorboard: whether to write TensorBoard files, where tensorboardX is installed.
@@ -101,7 +109,8 @@ def fit(
       Interrupted: after SIGINT or SIGTERM, with everything saved.
       NonFiniteError: if a metric or a leaf of the state is not finite; nothing of it is saved.
       CheckpointError: if a checkpoint can't be written, or one there is of another run.
-      ConfigError: if the folder can't be written to, or another process works in it.
+      ConfigError: if the folder can't be written to, or another process works in it; or if mesh and rules don't fit
+        the devices or the state.
       DeviceError: if the devices can't share a batch evenly.
       ValueError: if an argument is out of range.
 
@@ -122,7 +131,7 @@ def fit(
     _check(phases, seed, save_every, save_every_seconds)
     path = prepare_workdir(workdir)
     console = Console() if console is None else console
-    placement = Placement(devices, parallel)
+    placement = Placement(devices, parallel, mesh, sharding)
     sinks: list[Writer] = [JsonLinesWriter(path / "metrics.jsonl"), *writers]
     if tensorboard and tensorboard_available():
         sinks.append(TensorBoardWriter(path / "tensorboard"))
@@ -203,13 +212,14 @@ class _Run:
             before = Layout(self.start)
         for phase in self.phases:
             programs.append(Program(phase, programs[-1].layout if programs else before, self.placement))
-        layouts = [program.layout for program in programs]
+        self.placement.specs.check_all_used()
+        layouts, shardings = [program.layout for program in programs], [program.shardings for program in programs]
 
         def make_frozen(index: int, previous: Restored | None) -> Sequence[Any]:
             state = self.start if previous is None else layouts[index - 1].merge(previous.live, previous.frozen)
             return programs[index].begin(state, self.init_key(index))[1]
 
-        restored = self.store.restore_newest(layouts, self.placement.replicated, make_frozen)
+        restored = self.store.restore_newest(layouts, shardings, make_frozen)
         origin = None if restored is None else (self.phases[restored.phase].name, restored.step)
         for writer in self.writers:
             writer.begin([phase.name for phase in self.phases], origin)

@@ -186,21 +186,21 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_leaves(
-    path: pathlib.Path, manifest: Sequence[Mapping[str, Any]], abstract: Sequence[Any], sharding: Any
+    path: pathlib.Path, manifest: Sequence[Mapping[str, Any]], abstract: Sequence[Any], shardings: Sequence[Any]
 ) -> tuple[jax.Array, ...]:
-    """The arrays of a checkpoint, each compared with its checksum."""
+    """The arrays of a checkpoint, each compared with its checksum and laid out by its sharding."""
     names = [leaf_name(entry["path"]) for entry in manifest]
     wanted = [abstract_data(leaf) for leaf in abstract]
     template = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-        for name, leaf in zip(names, wanted, strict=True)
+        for name, leaf, sharding in zip(names, wanted, shardings, strict=True)
         if leaf.size
     }
     data = {}
     if template:
         data = _read(path, "state", ocp.args.StandardRestore(template))
     leaves = []
-    for name, leaf, origin in zip(names, wanted, abstract, strict=True):
+    for name, leaf, origin, sharding in zip(names, wanted, abstract, shardings, strict=True):
         value = data[name] if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding)
         leaves.append(from_data(value, origin.dtype))
     for name, entry, digest in zip(names, manifest, digests(leaves), strict=True):

@@ -70,6 +70,8 @@ def run_mixture2d(config: "DistillConfig", workdir: pathlib.Path) -> None:
         save_every_seconds=config.save_every_seconds,
         keep=config.keep,
         parallel=config.parallel,
+        mesh=config.mesh,
+        sharding=config.sharding,
     )
     _write_results(config, result, mixture, points, workdir)
 
@@ -93,15 +95,18 @@ def _phases(config: "DistillConfig", net: Any, mixture: GaussianMixture, points:
     )
     warmup = Phase(
         name="warmup",
-        make_algorithm=lambda variables: distillation(
-            config=dataclasses.replace(settings, fake_updates=1), teacher=variables, update_student=False
+        make_algorithm=lambda variables, axis_name=None: distillation(
+            config=dataclasses.replace(settings, fake_updates=1),
+            teacher=variables,
+            update_student=False,
+            axis_name=axis_name,
         ),
         data=InMemory({"image": points}, config.batch_size, config.seed, cycle=1),
         num_steps=config.warmup_steps,
     )
     distill = Phase(
         name="distill",
-        make_algorithm=lambda warm: distillation(config=settings, start=warm),
+        make_algorithm=lambda warm, axis_name=None: distillation(config=settings, start=warm, axis_name=axis_name),
         data=InMemory({"image": points}, config.batch_size, config.seed, cycle=config.fake_updates),
         num_steps=config.steps,
         evaluate=lambda state, key: figures(_draw(state, key, settings.sigma_init), mixture),

@@ -1,17 +1,20 @@
 """A phase of a run, and the compiled program of one of its steps."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from poise.core import Algorithm, State
 from poise.launch.data import Data
-from poise.launch.devices import Placement
+from poise.launch.devices import DeviceError, Placement
 from poise.launch.leaves import Layout, from_data, to_data
+from poise.launch.sharding import DATA
 
 RESERVED = ("phase", "step")
 # What runs once need not run fast: a U-Net's parameters are drawn after 2 seconds of compilation instead of 9.
@@ -25,7 +28,7 @@ class Phase(NamedTuple):
       name: in files, folders and messages; unlike those of the other phases.
       make_algorithm: from the finished state of the phase before (None for the first) to this phase's algorithm. It is
         called several times, also with abstract and traced states; only ``init`` may depend on their values, ``step``
-        finds everything in its own state.
+        finds everything in its own state. To run under pmap it takes ``axis_name`` besides, and passes it on.
       data: gives the batch of each step; see :class:`poise.launch.data.Data`.
       num_steps: steps of the finished phase; 0 only makes the state.
       evaluate: ``(state, key) -> figures by name``, run on the host between steps; jit what is in it. It must not keep
@@ -35,7 +38,7 @@ class Phase(NamedTuple):
     """
 
     name: str
-    make_algorithm: Callable[[State | None], Algorithm]
+    make_algorithm: Callable[..., Algorithm]
     data: Data
     num_steps: int
     evaluate: Callable[[State, PRNGKeyArray], Mapping[str, Any]] | None = None
@@ -64,6 +67,7 @@ class Program:
 
     Raises:
       DeviceError: if the devices can't share its batches.
+      ConfigError: if the rules for the layout of its state don't fit.
       TypeError: if a step changes the structure, a shape or a type of the state.
       ValueError: if metrics are not named scalars (or one number a seed).
     """
@@ -79,9 +83,10 @@ class Program:
             state = phase.make_algorithm(previous_state).init(key, batch)
             return jax.tree.map(_own, jax.tree.map(jnp.asarray, state))
 
-        self._init = jax.jit(init, out_shardings=placement.replicated)
         key = jax.eval_shape(lambda: jax.random.key(0))
         self.layout = Layout(jax.eval_shape(init, abstract, key, batch))
+        self.shardings = placement.leaf_shardings(self.layout)
+        self._init = jax.jit(init, out_shardings=self.layout.merge(*self.shardings))
         self._previous = abstract
         self.finite_names: tuple[str, ...] = ()
         self._step: Any = None
@@ -101,7 +106,7 @@ class Program:
     def compile(self) -> None:
         """Compiles the step once; what is called later is that program and never another."""
         phase, layout, placement = self.phase, self.layout, self._placement
-        algorithm = phase.make_algorithm(self._previous)
+        algorithm = self._algorithm()
 
         def step(
             live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: Array
@@ -113,11 +118,39 @@ class Program:
             return new_live, metrics, finite
 
         key = jax.eval_shape(lambda: jax.random.key(0))
-        whole, split = placement.replicated, placement.batch_sharding(phase.data.batch_axis)
-        jitted = jax.jit(step, donate_argnums=0, in_shardings=(whole, whole, split, whole, whole), out_shardings=whole)
         index = jax.ShapeDtypeStruct((), jnp.uint32)
-        lowered = jitted.lower(layout.abstract_live, layout.abstract_frozen, self.batch, key, index)
-        self._step = lowered.compile()
+        abstract = (layout.abstract_live, layout.abstract_frozen, self.batch, key, index)
+        whole, split = placement.replicated, placement.batch_sharding(phase.data.batch_axis)
+        live, frozen = self.shardings
+        if placement.parallel == "pmap":
+            step = self._mapped(step)
+        jitted = jax.jit(
+            step,
+            donate_argnums=0,
+            in_shardings=(live, frozen, split, whole, whole),
+            out_shardings=(live, whole, whole),
+        )
+        self._step = jitted.lower(*abstract).compile()
+
+    def _algorithm(self) -> Algorithm:
+        make = self.phase.make_algorithm
+        if self._placement.parallel != "pmap":
+            return make(self._previous)
+        if "axis_name" not in inspect.signature(make).parameters:
+            raise DeviceError(f"phase {self.phase.name!r} can't run with parallel=pmap: it knows of no axis_name")
+        return make(self._previous, axis_name=DATA)
+
+    def _mapped(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """The same program on every device, on its part of the batch; what it returns is the same everywhere."""
+        mesh, axis = self._placement.mesh, self.phase.data.batch_axis
+        whole, split = PartitionSpec(), PartitionSpec(*[None] * axis, DATA)
+        return jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(whole, whole, split, whole, whole),
+            out_specs=(whole, whole, whole),
+            check_vma=False,  # the algorithm's own means make them so
+        )
 
     def step(
         self, live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: int
