@@ -65,7 +65,7 @@ class QKReparamSelfAttention(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> from poise.nets import QKReparamSelfAttention
       >>> attention, x = QKReparamSelfAttention(2, weight_bits=2, act_bits=2), jnp.ones((3, 5, 4))
-      >>> y, variables = attention.init_with_output(jax.random.key(0), x)
+      >>> y, variables = jax.eval_shape(attention.init_with_output, jax.random.key(0), x)
       >>> y.shape, variables["quant"]["product_quantizer"]["step"].shape
       ((3, 5, 4), (1, 5, 2, 1))
 

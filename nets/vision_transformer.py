@@ -29,7 +29,7 @@ class SelfAttention(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> from poise.nets import SelfAttention
       >>> attention, x = SelfAttention(num_heads=2), jnp.ones((3, 5, 4))
-      >>> y, variables = attention.init_with_output(jax.random.key(0), x)
+      >>> y, variables = jax.eval_shape(attention.init_with_output, jax.random.key(0), x)
       >>> y.shape, sorted(variables["params"])
       ((3, 5, 4), ['key', 'proj', 'query', 'value'])
     """
@@ -75,7 +75,7 @@ class TransformerBlock(nn.Module):
       >>> import jax, jax.numpy as jnp
       >>> from poise.nets import TransformerBlock
       >>> block, x = TransformerBlock(num_heads=2, hidden=8), jnp.ones((3, 5, 4))
-      >>> y, variables = block.init_with_output(jax.random.key(0), x)
+      >>> y, variables = jax.eval_shape(block.init_with_output, jax.random.key(0), x)
       >>> sorted(variables["params"])
       ['attention', 'fc1', 'fc2', 'norm1', 'norm2']
     """
@@ -127,8 +127,7 @@ class VisionTransformer(nn.Module):
       >>> from poise.nets import QKReparamSelfAttention, VisionTransformer
       >>> attention = functools.partial(QKReparamSelfAttention, weight_bits=2, act_bits=2)
       >>> model = VisionTransformer(10, patch_size=4, width=8, num_heads=2, num_layers=1, attention=attention)
-      >>> images = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
-      >>> logits, variables = model.init_with_output(jax.random.key(1), images)
+      >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), jnp.ones((2, 8, 8, 1)))
       >>> logits.shape, variables["params"]["pos_embed"].shape
       ((2, 10), (1, 6, 8))
 
