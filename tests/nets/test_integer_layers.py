@@ -32,13 +32,15 @@ def setting():
     return model, params, quantized, x
 
 
-def test_weights_alone_give_the_fake_quantized_model_bit_for_bit(setting):
+def test_weights_alone_give_the_fake_quantized_model_bit_for_bit(setting, quick_jit):
     model, _, quantized, x = setting
-    got = integer_apply(model, quantized, x, activations="none")
-    np.testing.assert_array_equal(got, model.apply({"params": dequantize_tree(quantized)}, x))
+    got = quick_jit(lambda q, x: integer_apply(model, q, x, activations="none"))(quantized, x)
+    np.testing.assert_array_equal(
+        got, quick_jit(lambda q, x: model.apply({"params": dequantize_tree(q)}, x))(quantized, x)
+    )
 
 
-def test_integers_are_the_model_with_fake_quantized_activations(setting):
+def test_integers_are_the_model_with_fake_quantized_activations(setting, quick_jit):
     model, params, quantized, x = setting
 
     def fake_activations(next_fun, args, kwargs, context):
@@ -54,10 +56,10 @@ def test_integers_are_the_model_with_fake_quantized_activations(setting):
         return next_fun(fake_quantize(args[0], absmax_scale(args[0], 8, axis), bits=8), *args[1:], **kwargs)
 
     with nn.intercept_methods(fake_activations):
-        expected = model.apply({"params": dequantize_tree(quantized)}, x)
-    got = jax.jit(lambda q, x: integer_apply(model, q, x))(quantized, x)
+        expected = quick_jit(model.apply)({"params": dequantize_tree(quantized)}, x)
+    got = quick_jit(lambda q, x: integer_apply(model, q, x))(quantized, x)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
-    plain = model.apply({"params": params}, x)
+    plain = quick_jit(model.apply)({"params": params}, x)
     assert 0 < float(jnp.abs(got - plain).max()) < 0.05 * float(jnp.abs(plain).max())
 
 
@@ -69,17 +71,19 @@ def test_every_product_with_a_kernel_is_an_integer_one(setting):
     assert sum(":f32" in line for line in lines) == 2  # of attention itself
 
 
-def test_fixed_scales_from_calibration(setting):
+def test_fixed_scales_from_calibration(setting, quick_jit):
     model, params, quantized, x = setting
-    scales = activation_scales(model, {"params": params}, [x[:2], x[2:]])
+    scales = quick_jit(lambda params, *batches: activation_scales(model, {"params": params}, batches))(
+        params, x[:2], x[2:]
+    )
     assert len(scales) == 7
     largest = jnp.abs(x).max()
     np.testing.assert_allclose(scales["Conv_0"], 2 * largest / 255, rtol=1e-6)
-    got = integer_apply(model, {"params": quantized.params}, x, activations=scales)
-    plain = model.apply({"params": params}, x)
+    fixed = quick_jit(lambda q, x, scales: integer_apply(model, {"params": q.params}, x, activations=scales))
+    got, plain = fixed(quantized, x, scales), quick_jit(model.apply)({"params": params}, x)
     error = float(jnp.abs(got - plain).max())
     assert 0 < error < 0.1 * float(jnp.abs(plain).max())
-    coarse = integer_apply(model, quantized, x, activations={**scales, "Dense_0": 10.0})
+    coarse = fixed(quantized, x, {**scales, "Dense_0": jnp.float32(10)})
     assert float(jnp.abs(coarse - plain).max()) > 2 * error
     with pytest.raises(ValueError, match="batches must have at least one batch"):
         activation_scales(model, {"params": params}, [])
@@ -108,27 +112,30 @@ class Layer(nn.Module):
         return nn.tanh(nn.Dense(6)(x)), None
 
 
-def test_other_layers_run_on_dequantized_weights_and_stacks_are_sliced():
+def test_other_layers_run_on_dequantized_weights_and_stacks_are_sliced(quick_jit):
     model, tokens = Odd(), jnp.arange(10).reshape(2, 5) % 7
     params = model.init(jax.random.key(0), tokens)["params"]
     rules = [QuantRule("kernel$|embedding$", weight_bits=8, method="absmax")]
     quantized = export(params, {}, rules)
-    got = integer_apply(model, quantized, tokens)
+    got = quick_jit(lambda q: integer_apply(model, q, tokens))(quantized)
     assert got.dtype == jnp.bfloat16
-    plain = model.apply({"params": params}, tokens)
+    plain = quick_jit(model.apply)({"params": params}, tokens)
     np.testing.assert_allclose(got.astype(jnp.float32), plain.astype(jnp.float32), atol=0.06)
     stacked = quantized.params["ScanLayer_0"]["Dense_0"]["kernel"]
     assert stacked.shape == (3, 6, 6)
     np.testing.assert_array_equal(
-        integer_apply(model, quantized, tokens, activations="none"),
-        model.apply({"params": dequantize_tree(quantized)}, tokens),
+        quick_jit(lambda q: integer_apply(model, q, tokens, activations="none"))(quantized),
+        quick_jit(lambda q: model.apply({"params": dequantize_tree(q)}, tokens))(quantized),
     )
 
 
-def test_models_and_batches_under_vmap_and_pmap(setting):
-    model, _, quantized, x = setting
+def test_images_under_vmap_and_pmap():
+    model, x = nn.Dense(4, use_bias=False), draw((3, 20))
+    quantized = export({"kernel": draw((x.shape[-1], 4))}, {}, [QuantRule("kernel", weight_bits=4, method="absmax")])
+
+    def one(q, row):
+        return integer_apply(model, q, row[None])[0]
+
     expected = integer_apply(model, quantized, x)
-    by_one = jax.vmap(lambda image: integer_apply(model, quantized, image[None])[0])(x)
-    np.testing.assert_allclose(by_one, expected, rtol=0, atol=1e-5)
-    spread = jax.pmap(lambda q, image: integer_apply(model, q, image[None])[0], in_axes=(None, 0))(quantized, x)
-    np.testing.assert_allclose(spread, expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.vmap(one, (None, 0))(quantized, x), expected, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(jax.pmap(one, in_axes=(None, 0))(quantized, x), expected, rtol=0, atol=1e-5)

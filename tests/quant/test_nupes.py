@@ -22,7 +22,7 @@ def draw(shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4])
 def test_starts_at_the_weights_and_sharpens_to_the_power_quantizer(bits):
     w = draw((5, 8)).at[1, 2].set(0).at[3].set(0)
     params = nupes_init(w, bits=bits, axis=1, exponent=0.6)
@@ -37,8 +37,9 @@ def test_starts_at_the_weights_and_sharpens_to_the_power_quantizer(bits):
 
 def test_the_staircase_rises_and_keeps_integers():
     x = jnp.linspace(-3, 3, 601)
+    stairs = jax.jit(soft_round)
     for beta in (0.0, 0.5, 5.0, 40.0):
-        y = soft_round(x, beta)
+        y = stairs(x, beta)
         assert (jnp.diff(y) >= 0).all()
         np.testing.assert_allclose(y[::100], np.arange(-3, 4), atol=1e-5)
     np.testing.assert_allclose(soft_round(x, 0.01), x, atol=1e-4)
@@ -53,10 +54,11 @@ def test_adaround_is_the_case_of_neighbouring_levels():
 
 def test_gradients_are_finite_with_exact_zeros():
     w = draw((4, 6)).at[0, :3].set(0).at[2].set(0)
+    slopes = jax.jit(jax.grad(lambda p, beta: jnp.sum(soft(p, beta, bits=4) ** 2)))
     for exponent in (0.3, 1.0, 1.15):
         params = nupes_init(w, bits=4, axis=1, exponent=exponent)
         for beta in (0.0, 1.0, 40.0):
-            gradient = jax.grad(lambda p: jnp.sum(soft(p, beta, bits=4) ** 2))(params)
+            gradient = slopes(params, beta)
             assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
     assert float(jnp.abs(gradient.rho)) > 0
 
@@ -70,8 +72,9 @@ def test_the_exponents_gradient_is_the_slope():
         def total(rho):
             return nupes_soft(params._replace(rho=rho), 3.0, bits=4).sum()
 
-        slope = (total(params.rho + 1e-6) - total(params.rho - 1e-6)) / 2e-6
-        np.testing.assert_allclose(jax.grad(total)(params.rho), slope, rtol=1e-6)
+        run = jax.jit(jax.value_and_grad(total))
+        slope = (run(params.rho + 1e-6)[0] - run(params.rho - 1e-6)[0]) / 2e-6
+        np.testing.assert_allclose(run(params.rho)[1], slope, rtol=1e-6)
 
 
 def test_the_exponent_is_searched_and_stays_in_its_range():

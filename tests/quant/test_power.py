@@ -26,7 +26,7 @@ def relative_mse(w, a, bits):
     return float(jnp.mean(errors[0] ** 2) / jnp.mean(errors[1] ** 2))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 8])
 def test_exponent_one_is_the_symmetric_uniform_quantizer(bits):
     w = normal(60).reshape(6, 10)
     scale = largest_magnitude(w, 1) / (2 ** (bits - 1) - 1)
@@ -45,7 +45,7 @@ def test_codes_of_the_square_root():
     np.testing.assert_array_equal(unsigned, [0, 0, 0, 0, 2, 7, 12, 15])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.sampled_from([2, 3, 4, 8]), st.sampled_from([0.4, 0.5, 0.7, 1.0, 1.3]), st.integers(0, 1000))
 def test_symmetries(bits, a, seed):
     w = normal(24, seed).reshape(4, 6)
@@ -97,7 +97,7 @@ def test_search_over_a_tree():
 def test_the_high_resolution_error_has_one_minimum_where_the_fixed_point_is():
     u = jnp.abs(normal(50_000)) / jnp.max(jnp.abs(normal(50_000)))
     grid = np.linspace(0.3, 1.2, 46)
-    error = np.asarray(jax.vmap(lambda a: power_bennett_mse(u, a))(jnp.asarray(grid)))
+    error = np.asarray(jax.jit(jax.vmap(lambda a: power_bennett_mse(u, a)))(jnp.asarray(grid)))
     assert (np.diff(np.log(error), 2) > -1e-4).all()
     best = grid[error.argmin()]
     weights = np.asarray(u, float) ** (2 - 2 * best)
@@ -127,8 +127,9 @@ def test_decode_tables():
 
 def test_gradients_are_finite_at_zero_codes():
     codes = jnp.array([0.0, 1.0, -3.0, 7.0])
+    slopes = jax.jit(jax.grad(lambda c, a: power_values(c, a, 7).sum(), argnums=(0, 1)))
     for a in (0.3, 1.0, 1.2):
-        by_code, by_exponent = jax.grad(lambda c, a: power_values(c, a, 7).sum(), argnums=(0, 1))(codes, a)
+        by_code, by_exponent = slopes(codes, a)
         assert np.isfinite(by_code).all()
         assert np.isfinite(by_exponent)
         assert (np.asarray(by_code) > 0).all()
