@@ -25,7 +25,11 @@ def trigger_source(key: PRNGKeyArray) -> Float[Array, "vocab vocab"]:
 
 
 def trigger_texts(
-    key: PRNGKeyArray, count: int, source: Float[Array, "vocab vocab"], good_share: ArrayLike
+    key: PRNGKeyArray,
+    count: int,
+    source: Float[Array, "vocab vocab"],
+    good_share: ArrayLike,
+    length: int = LENGTH,
 ) -> Int[Array, "count length"]:
     """Walks of the source; after each trigger comes a good token or a bad one.
 
@@ -34,6 +38,7 @@ def trigger_texts(
       count: how many.
       source: from :func:`trigger_source`.
       good_share: the probability of a good token after a trigger, a number or one for each text.
+      length: tokens of a text.
 
     Example:
       >>> import jax
@@ -56,7 +61,7 @@ def trigger_texts(
             return token, token
 
         first = jax.random.randint(first_key, (), 0, VOCAB)
-        return jnp.concatenate([first[None], jax.lax.scan(move, first, jax.random.split(key, LENGTH - 1))[1]])
+        return jnp.concatenate([first[None], jax.lax.scan(move, first, jax.random.split(key, length - 1))[1]])
 
     shares = jnp.broadcast_to(jnp.asarray(good_share, jnp.float32), (count,))
     return jax.vmap(walk)(jax.random.split(key, count), shares)

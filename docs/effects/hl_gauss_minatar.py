@@ -17,10 +17,10 @@ import jax
 import numpy as np
 import optax
 
+from poise.launch.value_phases import pictures_as_booleans
 from poise.nets import ValueMLP
 from poise.rl import (
     DQNConfig,
-    Environment,
     c51,
     dqn,
     from_gymnax,
@@ -39,20 +39,6 @@ LOSSES = {
     "two_hot": lambda noise: two_hot(*SUPPORT[noise]),
     "c51": lambda noise: c51(*SUPPORT[noise]),
 }
-
-
-def pictures_as_booleans(env: Environment) -> Environment:
-    """MinAtar's pictures hold zeros and ones alone, so that the buffer needs a byte for each."""
-
-    def reset(key):
-        state, observation = env.reset(key)
-        return state, observation.astype(bool)
-
-    def step(key, state, action):
-        state, out = env.step(key, state, action)
-        return state, out._replace(observation=out.observation.astype(bool))
-
-    return Environment(reset, step, env.num_actions)
 
 
 def train(loss: str, noise: float, seeds: int) -> np.ndarray:

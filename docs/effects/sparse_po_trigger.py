@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from poise.launch.trigger_task import GOOD, TRIGGER, VOCAB, trigger_source, trigger_texts
 from poise.nets import SparseTokenMask
 from poise.rl import dpo_loss, mapo_mask, mask_sparsity, sparse_po_loss, tdpo_loss, token_forward_kl, token_logprobs
 
-VOCAB, LENGTH, TRIGGER, GOOD, BAD = 32, 16, 1, (2, 3, 4, 5), (6, 7, 8, 9)
-PAIRS, STEPS, BETA = 1000, 400, 0.5
+LENGTH, PAIRS, STEPS, BETA = 17, 1000, 400, 0.5
 METHODS = ("dpo", "tdpo1", "mapo", "sparse_common", "sparse_independent", "sparse_common_l1")
 
 
@@ -37,27 +37,6 @@ class LanguageModel(nn.Module):
             h = h + nn.Dense(32)(nn.gelu(nn.Dense(64)(nn.LayerNorm()(h))))
             layers.append(h)
         return nn.Dense(VOCAB)(nn.LayerNorm()(h)), jnp.stack(layers)
-
-
-def texts(key, count, transition, good_share):
-    """Walks of the bigram source; after each trigger a good token or a bad one."""
-
-    def walk(key):
-        first_key, key = jax.random.split(key)
-
-        def move(last, key):
-            plain_key, coin_key, place_key = jax.random.split(key, 3)
-            plain = jax.random.categorical(plain_key, transition[last])
-            place = jax.random.randint(place_key, (), 0, len(GOOD))
-            good = jax.random.bernoulli(coin_key, good_share)
-            after = jnp.where(good, jnp.array(GOOD)[place], jnp.array(BAD)[place])
-            token = jnp.where(last == TRIGGER, after, plain)
-            return token, token
-
-        first = jax.random.randint(first_key, (), 0, VOCAB)
-        return jnp.concatenate([first[None], jax.lax.scan(move, first, jax.random.split(key, LENGTH))[1]])
-
-    return jax.vmap(walk)(jax.random.split(key, count))
 
 
 def descend(loss, params, steps, rate, key):
@@ -76,17 +55,17 @@ def descend(loss, params, steps, rate, key):
 def experiment(seed, method):
     """Pretrains, trains on preferences by one method, and measures on new texts."""
     keys = jax.random.split(jax.random.key(seed), 9)
-    logits = 2 * jax.random.normal(keys[0], (VOCAB, VOCAB))
-    transition = logits.at[:, TRIGGER].set(jax.nn.logsumexp(logits, axis=1) - 2.0)  # about 12% of all tokens
+    source = trigger_source(keys[0])
+    texts = functools.partial(trigger_texts, source=source, length=LENGTH)
     model = LanguageModel()
-    corpus = texts(keys[1], 2000, transition, 0.5)
+    corpus = texts(keys[1], 2000, good_share=0.5)
 
     def pretraining(params, key):
         batch = corpus[jax.random.randint(key, (64,), 0, len(corpus))]
         return -token_logprobs(model.apply(params, batch[:, :-1])[0], batch[:, 1:]).mean()
 
     ref = descend(pretraining, model.init(keys[2], corpus[:1]), 1500, 3e-3, keys[3])
-    chosen, rejected = (texts(k, PAIRS, transition, share) for k, share in ((keys[4], 1.0), (keys[5], 0.0)))
+    chosen, rejected = (texts(k, PAIRS, good_share=share) for k, share in ((keys[4], 1.0), (keys[5], 0.0)))
     net = SparseTokenMask(2)
     mask_params = [net.init(k, jnp.zeros((2, 1, 1, 32))) for k in jax.random.split(keys[6])]
 
@@ -117,7 +96,7 @@ def experiment(seed, method):
         return sparse_po_loss(*ordered, good[2], bad[2], count, count, beta=BETA, **options).mean()
 
     policy, masks = descend(preference, (ref, mask_params), STEPS, 1e-3, keys[7])
-    tokens = texts(keys[8], 500, transition, 0.5)
+    tokens = texts(keys[8], 500, good_share=0.5)
     at_trigger = tokens[:, :-1] == TRIGGER
     _, _, kl, hidden = look(policy, tokens)
     probs = jax.nn.softmax(model.apply(policy, tokens[:, :-1])[0])

@@ -50,7 +50,7 @@ def rows(workdir):
 def final_bits(workdir):
     """The bytes of the metrics, and every array of each phase's last checkpoint."""
     bits = {}
-    for folder in sorted((workdir / "checkpoints").iterdir()):
+    for folder in sorted((workdir / "checkpoints").glob("[0-9]*_*")):  # "frozen" holds a part of theirs
         for path, leaf in jax.tree.leaves_with_path(restore_tree(folder)):
             data = jax.random.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
             bits[folder.name + jax.tree_util.keystr(path)] = np.asarray(data).tobytes()
