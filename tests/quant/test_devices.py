@@ -1,5 +1,7 @@
 """Quantization-aware training on 8 devices: sharded parameters and pmap give what one device gives."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,6 +24,7 @@ MASK = {"weights": {"hidden": True, "out": False}, "steps": False}
 TX = confidence_guided_annealing(optax.adamw(1e-2), bits=2, boundary_range=0.1, axis=0, mask=MASK)
 
 
+@functools.cache
 def start():
     rng = np.random.default_rng(0)
     weights = {"hidden": rng.standard_normal((12, 16)), "out": rng.standard_normal((16, 8))}
@@ -52,8 +55,8 @@ def batches():
 
 
 @pytest.fixture(scope="module")
-def expected():
-    carry, one = start(), jax.jit(step)
+def expected(quick_jit):
+    carry, one = start(), quick_jit(step)
     for x in batches():
         carry, _ = one(carry, x)
     assert (carry[0]["weights"]["hidden"] != start()[0]["weights"]["hidden"]).any()
@@ -65,7 +68,7 @@ def check(ours, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5)
 
 
-def test_sharded_parameters(expected):
+def test_sharded_parameters(expected, quick_jit):
     """Weights by output or by input, with the scales of groups that lie on several devices."""
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(2, 4), ("data", "model"))
 
@@ -73,7 +76,7 @@ def test_sharded_parameters(expected):
         by = {(12, 16): PartitionSpec("data", "model"), (16, 8): PartitionSpec("model", None)}
         return jax.device_put(leaf, NamedSharding(mesh, by.get(leaf.shape, PartitionSpec())))
 
-    carry, one = jax.tree.map(place, start()), jax.jit(step)
+    carry, one = jax.tree.map(place, start()), quick_jit(step)
     for x in batches():
         carry, _ = one(carry, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))))
     assert not carry[0]["weights"]["hidden"].sharding.is_fully_replicated
@@ -89,9 +92,9 @@ def test_pmap(expected):
     check(jax.tree.map(lambda leaf: leaf[3], carry), expected)
 
 
-def test_vmap_over_seeds(expected):
+def test_vmap_over_seeds(expected, quick_jit):
     carry = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), start())
-    one = jax.jit(jax.vmap(step, (0, None)))
+    one = quick_jit(jax.vmap(step, (0, None)))
     for x in batches():
         carry, _ = one(carry, x)
     check(jax.tree.map(lambda leaf: leaf[1], carry), expected)

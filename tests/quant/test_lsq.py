@@ -1,5 +1,6 @@
 """LSQ: the official numbers, gradients in closed form, scale invariance, steps that are not positive, bad input."""
 
+import functools
 import re
 
 import jax
@@ -26,34 +27,41 @@ def case_of(tag, x):
 
 @pytest.mark.golden
 @pytest.mark.golden_pattern("quant", "lsq*.npz")
-def test_official_quantizers(golden_file):
+def test_official_quantizers(golden_file, quick_jit):
     data = np.load(golden_file)
     tags = [key.removesuffix("_s_init") for key in data.files if key.endswith("_s_init")]
     assert tags
     for tag in tags:
-        x, g, expected_step = (jnp.asarray(data[f"{tag}_{key}"]) for key in ("x", "g", "s_init"))
+        x, g, expected_step = (data[f"{tag}_{key}"] for key in ("x", "g", "s_init"))
         options, variant = case_of(tag, x)
         doubled = not options.get("signed", True) and not tag.startswith("pt")
-        step = lsq_init(x, **options, multiplier=4.0 if doubled else 2.0)
-        np.testing.assert_allclose(step.ravel(), expected_step.ravel(), rtol=0, atol=1e-6, err_msg=tag)
-        step = jnp.asarray(data[f"{tag}_s"]).reshape(step.shape)
-        y, pullback = jax.vjp(lambda x, s: lsq(x, s, **options, **variant), x, step)
-        dx, ds = pullback(g)
+        initial = quick_jit(lambda x: lsq_init(x, **options, multiplier=4.0 if doubled else 2.0))(x)
+        np.testing.assert_allclose(np.ravel(initial), np.ravel(expected_step), rtol=0, atol=1e-6, err_msg=tag)
+
+        def both(x, step, g):
+            y, pullback = jax.vjp(lambda x, step: lsq(x, step, **options, **variant), x, step)
+            return y, *pullback(g)
+
+        y, dx, ds = quick_jit(both)(x, data[f"{tag}_s"].reshape(initial.shape), g)
         for ours, key in ((y, "y"), (dx, "dx"), (ds, "ds")):
             theirs = data[f"{tag}_{key}"]
-            np.testing.assert_allclose(ours.ravel(), theirs.ravel(), rtol=0, atol=1e-6, err_msg=f"{tag} {key}")
+            np.testing.assert_allclose(np.ravel(ours), np.ravel(theirs), rtol=0, atol=1e-6, err_msg=f"{tag} {key}")
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 8), st.booleans())
+@functools.partial(jax.jit, static_argnames=("bits", "signed"))
+def slopes(x, step, bits, signed):
+    f = lambda x, s: lsq(x, s, bits=bits, signed=signed, axis=None, grad_scale=1.0).sum()  # noqa: E731
+    return jax.grad(f, (0, 1))(x, step)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([2, 3, 8]), st.booleans())
 def test_gradients_are_the_closed_forms(seed, bits, signed):
     rng = np.random.default_rng(seed)
     q_n, q_p = (2 ** (bits - 1), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
     step = np.float32(rng.uniform(0.1, 1))
     x = (step * rng.uniform(-1.5 * q_n - 1, 1.5 * q_p + 1, (2, 9))).astype(np.float32)
-    dx, ds = jax.grad(lambda x, s: lsq(x, s, bits=bits, signed=signed, axis=None, grad_scale=1.0).sum(), (0, 1))(
-        jnp.asarray(x), jnp.asarray(step)
-    )
+    dx, ds = slopes(x, step, bits, signed)
     v = x / step
     inside = (v >= -q_n) & (v <= q_p)
     np.testing.assert_allclose(dx, inside, rtol=1e-6)
@@ -61,17 +69,17 @@ def test_gradients_are_the_closed_forms(seed, bits, signed):
     np.testing.assert_allclose(ds, expected, rtol=1e-4, atol=1e-4 * q_p)
 
 
-def test_entries_on_the_grid_give_the_step_no_gradient():
+def test_entries_on_the_grid_give_the_step_no_gradient(quick_jit):
     step = jnp.full((1, 1), 0.25)
     x = 0.25 * jnp.arange(-4.0, 4.0).reshape(2, 4)
-    dx, ds = jax.grad(lambda x, s: lsq(x, s, bits=3, axis=None).sum(), (0, 1))(x, step)
+    dx, ds = quick_jit(jax.grad(lambda x, s: lsq(x, s, bits=3, axis=None).sum(), (0, 1)))(x, step)
     assert float(ds[0, 0]) == 0.0
     assert (dx == 1).all()  # the least and the greatest code included
 
 
-def test_four_times_the_entries_halve_the_gradients_scale():
+def test_four_times_the_entries_halve_the_gradients_scale(quick_jit):
     x = jnp.array([[0.1, 0.3]])
-    slope = lambda x: jax.grad(lambda s: lsq(x, s, bits=4, axis=None).mean())(jnp.full((1, 1), 0.2))  # noqa: E731
+    slope = lambda x: quick_jit(jax.grad(lambda s: lsq(x, s, bits=4, axis=None).mean()))(jnp.full((1, 1), 0.2))  # noqa: E731
     np.testing.assert_allclose(slope(jnp.tile(x, (4, 1))), slope(x) / 2, rtol=1e-6)
 
 
@@ -93,10 +101,10 @@ def test_steps_that_drift_below_zero_count_as_the_least_and_keep_their_gradient(
     assert slope != 0
 
 
-def test_groups_of_zeros_have_a_step():
+def test_groups_of_zeros_have_a_step(quick_jit):
     x = jnp.zeros((2, 3))
     step = lsq_init(x, bits=4, axis=1)
-    y, slope = jax.value_and_grad(lambda x: lsq(x, step, bits=4, axis=1).sum())(x)
+    y, slope = quick_jit(jax.value_and_grad(lambda x: lsq(x, step, bits=4, axis=1).sum()))(x)
     assert (step > 0).all()
     assert y == 0
     np.testing.assert_allclose(slope, 1, rtol=1e-6)

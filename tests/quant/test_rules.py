@@ -47,12 +47,13 @@ def test_the_first_match_wins_and_the_rest_is_left_alone():
 
 
 @pytest.mark.parametrize("method", ["absmax", "lsq", "minmax", "mse", "statsq"])
-def test_methods_are_the_functions(method):
+def test_methods_are_the_functions(method, quick_jit):
     w = PARAMS["fc1"]["kernel"]
     rules = [QuantRule("fc1", weight_bits=3, method=method)]
     qparams = init_weight_qparams(PARAMS, rules)
     assert all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(qparams))
-    quantized = jax.jit(lambda p, q: apply_weight_quant(p, q, rules))(PARAMS, qparams)["fc1"]["kernel"]
+    apply = lambda p, q: apply_weight_quant(p, q, rules)["fc1"]["kernel"]  # noqa: E731
+    quantized = quick_jit(apply)(PARAMS, qparams)
     expected = {
         "absmax": lambda: fake_quantize(w, absmax_scale(w, 3, 0), bits=3),
         "lsq": lambda: lsq(w, lsq_init(w, bits=3, axis=0), bits=3, axis=0),
@@ -61,7 +62,7 @@ def test_methods_are_the_functions(method):
         "statsq": lambda: statsq(w, bits=3, axis=0),
     }[method]()
     np.testing.assert_allclose(quantized, expected, rtol=1e-6, atol=1e-7)
-    slopes = jax.grad(lambda p, q: apply_weight_quant(p, q, rules)["fc1"]["kernel"].sum(), (0, 1))(PARAMS, qparams)
+    slopes = quick_jit(jax.grad(lambda p, q: apply(p, q).sum(), (0, 1)))(PARAMS, qparams)
     assert (slopes[0]["fc1"]["kernel"] != 0).mean() > 0.5
     if method == "lsq":
         assert slopes[1]["fc1/kernel"]["step"].any()
@@ -95,21 +96,21 @@ def test_granularity(axis, shape):
     assert qparams["fc1/kernel"]["step"].shape == shape
 
 
-def test_any_apply_function_takes_the_tree():
+def test_any_apply_function_takes_the_tree(quick_jit):
     """The loss sees quantized weights; its gradient trains the float ones and the steps."""
     model, x = nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(1)]), draw(8, 3)
-    params = model.init(jax.random.key(0), x)["params"]
+    params = quick_jit(model.init)(jax.random.key(0), x)["params"]
     rules = [QuantRule("kernel", weight_bits=2, method="lsq")]
     qparams = init_weight_qparams(params, rules)
 
     def loss(params, qparams):
         return jnp.mean((model.apply({"params": apply_weight_quant(params, qparams, rules)}, x) - 1.0) ** 2)
 
-    slopes = jax.jit(jax.grad(loss, (0, 1)))(params, qparams)
+    slopes = quick_jit(jax.grad(loss, (0, 1)))(params, qparams)
     assert all(np.isfinite(leaf).all() and leaf.any() for leaf in jax.tree.leaves(slopes))
 
 
-def test_an_nnx_model():
+def test_an_nnx_model(quick_jit):
     graph, params = nnx.split(nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
     rules = [QuantRule("kernel", weight_bits=3, method="lsq")]
     qparams, x = init_weight_qparams(params, rules), draw(2, 6)
@@ -117,7 +118,7 @@ def test_an_nnx_model():
     kernel = params["kernel"][...]
     expected = x @ lsq(kernel, lsq_init(kernel, bits=3, axis=0), bits=3, axis=0)
     np.testing.assert_allclose(quantized(x), expected, rtol=0, atol=1e-6)
-    slope = jax.grad(lambda p: nnx.merge(graph, apply_weight_quant(p, qparams, rules))(x).sum())(params)
+    slope = quick_jit(jax.grad(lambda p: nnx.merge(graph, apply_weight_quant(p, qparams, rules))(x).sum()))(params)
     assert slope["kernel"][...].any()
 
 

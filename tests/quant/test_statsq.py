@@ -19,19 +19,22 @@ def draw(seed, shape=(4, 9)):
 
 @pytest.mark.golden
 @pytest.mark.golden_pattern("quant", "statsq*.npz")
-def test_official_quantizer(golden_file):
+def test_official_quantizer(golden_file, quick_jit):
     data = np.load(golden_file)
     prefixes = [key.removesuffix("w_hat") for key in data.files if key.endswith("w_hat")]
     assert prefixes
     for prefix in prefixes:
         bits = int(prefix[1 : prefix.index("_")])
-        w, g = (jnp.asarray(data[prefix + key]) for key in ("w", "g"))
-        codes, scale = statsq_codes(w, bits=bits, axis=1)
+
+        def everything(w, g):
+            w_hat, pullback = jax.vjp(lambda w: statsq(w, bits=bits, axis=1), w)
+            return *statsq_codes(w, bits=bits, axis=1), w_hat, pullback(g)[0]
+
+        codes, scale, w_hat, dw = quick_jit(everything)(data[prefix + "w"], data[prefix + "g"])
         np.testing.assert_array_equal(codes, data[prefix + "codes"])
         np.testing.assert_allclose(scale, data[prefix + "scale"], rtol=0, atol=1e-6)
-        w_hat, pullback = jax.vjp(lambda w: statsq(w, bits=bits, axis=1), w)
         np.testing.assert_allclose(w_hat, data[prefix + "w_hat"], rtol=0, atol=1e-6)
-        np.testing.assert_array_equal(pullback(g)[0], data[prefix + "dw"])
+        np.testing.assert_array_equal(dw, data[prefix + "dw"])
     np.testing.assert_allclose(statsq(data["x3"], bits=3, axis=(0, 2)), data["x3_hat"], rtol=0, atol=1e-6)
     np.testing.assert_allclose(statsq(data["x4"], bits=4, axis=(0, 1, 3)), data["x4_hat"], rtol=0, atol=1e-6)
 

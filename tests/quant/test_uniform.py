@@ -18,8 +18,11 @@ def draw(seed, shape=(3, 7)):
     return jnp.asarray(rng.standard_normal(shape) * 10.0 ** rng.integers(-3, 4), jnp.float32)
 
 
+FAKE = jax.jit(fake_quantize, static_argnames="bits")
+
+
 @quick
-@given(numbers, st.integers(1, 8), st.sampled_from([jnp.float32, jnp.bfloat16]))
+@given(numbers, st.sampled_from([1, 2, 4, 8]), st.sampled_from([jnp.float32, jnp.bfloat16]))
 def test_both_ways_agree_bit_for_bit(seed, bits, dtype):
     x = draw(seed).astype(dtype)
     scale = absmax_scale(x, bits, 1)
@@ -27,13 +30,13 @@ def test_both_ways_agree_bit_for_bit(seed, bits, dtype):
     assert codes.dtype == jnp.int8
     assert codes.min() >= -(2 ** (bits - 1))
     assert codes.max() <= 2 ** (bits - 1) - 1
-    fake = jax.jit(lambda x, s: fake_quantize(x, s, bits=bits))(x, scale)
+    fake = FAKE(x, scale, bits=bits)
     assert fake.dtype == dtype
     np.testing.assert_array_equal(fake, dequantize(codes, scale))
 
 
 @quick
-@given(numbers, st.integers(1, 8))
+@given(numbers, st.sampled_from([1, 3, 8]))
 def test_asymmetric_codes_too(seed, bits):
     x = draw(seed) + 0.3
     scale, zero_point = minmax_qparams(x, bits, 1)
@@ -45,23 +48,24 @@ def test_asymmetric_codes_too(seed, bits):
     assert (jnp.abs(fake - x) <= 1.01 * scale).all()  # the range covers the data
 
 
-def test_gradients_are_the_closed_forms():
+def test_gradients_are_the_closed_forms(quick_jit):
     """The codes are rounded before they are clipped: -4.4 becomes -4, which is not clipped."""
     x, scale = jnp.array([-5.0, -4.4, -1.3, 0.0, 2.6, 3.4, 3.6, 9.0]), jnp.float32(1.0)
     inside = jnp.array([0, 1, 1, 1, 1, 1, 0, 0])
     codes = jnp.array([-4, -4, -1, 0, 3, 3, 3, 3])
-    dx, ds = jax.grad(lambda x, s: fake_quantize(x, s, bits=3).sum(), (0, 1))(x, scale)
+    dx, ds = quick_jit(jax.grad(lambda x, s: fake_quantize(x, s, bits=3).sum(), (0, 1)))(x, scale)
     np.testing.assert_array_equal(dx, inside)
     np.testing.assert_allclose(ds, (codes - inside * x).sum(), rtol=1e-6)
 
 
-def test_a_group_with_scale_0_gives_0_and_its_gradient_too():
+def test_a_group_with_scale_0_gives_0_and_its_gradient_too(quick_jit):
     x, scale = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[0.0], [1.0]])
     assert quantize(x, scale, bits=4).tolist() == [[0, 0], [3, 4]]
     assert fake_quantize(x, scale, bits=4).tolist() == [[0, 0], [3, 4]]
-    for grad in jax.grad(lambda x, s: fake_quantize(x, s, bits=4).sum(), (0, 1))(x, scale):
-        assert np.isfinite(grad).all()
-    assert not jax.grad(lambda x: fake_quantize(x, scale, bits=4).sum())(x)[0].any()
+    dx, ds = quick_jit(jax.grad(lambda x, s: fake_quantize(x, s, bits=4).sum(), (0, 1)))(x, scale)
+    assert not dx[0].any()
+    assert (dx[1] == 1).all()
+    assert np.isfinite(ds).all()
 
 
 def test_no_gradient_reaches_the_zero_point():
