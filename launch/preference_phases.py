@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from poise.attention import dot_product_attention
 from poise.core import Algorithm
@@ -103,13 +103,16 @@ def make_look(config: "PreferenceConfig", method: str, model: Transformer) -> Ca
     """
     net = SparseTokenMask(config.num_layers, dropout=config.mask_dropout)
 
-    def look(trained, ref, tokens, mask, key=None) -> Seen:
+    def look(
+        trained: dict[str, PyTree], ref: PyTree, tokens: Array, mask: Array, key: PRNGKeyArray | None = None
+    ) -> Seen:
         logits = cast(Any, model).apply(trained["policy"], tokens[:, :-1])
         base, activations = with_activations(model, ref, tokens[:, :-1])
         labels = tokens[:, 1:]
-        weights = None
+        weights: tuple[Array, Array] | None = None
         if method == "mapo":
-            weights = (mapo_mask(activations._asdict(), mask),) * 2
+            fixed = mapo_mask(activations._asdict(), mask)
+            weights = (fixed, fixed)
         elif mask_names(method):
             found = []
             for i, name in enumerate(mask_names(method)):
@@ -186,7 +189,7 @@ def preference_algorithm(
 
         (loss, (seen, pairs)), grads = jax.value_and_grad(objective, has_aux=True)(state.trained)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained: Any = optax.apply_updates(state.trained, updates)
         metrics = {"loss": loss, **preference_metrics(*pairs, beta=config.beta)}
         metrics["kl"] = jnp.sum(seen.kl) / jnp.maximum(jnp.sum(mask), 1)
         return PreferenceState(trained, opt_state, state.step + 1, state.frozen), metrics

@@ -45,7 +45,7 @@ def comparison_picture(
 
     figure = Figure(figsize=(12, 4.0 + 0.62 * len(strips)), dpi=110, layout="constrained")
     figure.suptitle(title, fontsize=11)
-    upper, lower = figure.subfigures(2, 1, height_ratios=(3.2, 0.9 + 0.62 * len(strips)))
+    upper, lower = np.asarray(figure.subfigures(2, 1, height_ratios=(3.2, 0.9 + 0.62 * len(strips))))
     divergence, ranking, course = upper.subplots(1, 3)
     places = np.arange(len(methods))
     kinds = ("kl_at_trigger", "kl_off_trigger") if all("kl_at_trigger" in m for m in methods.values()) else ("kl",)

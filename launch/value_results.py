@@ -167,5 +167,5 @@ def _distributions(config: "ValueConfig", index: int, loss: str, workdir: pathli
     counted, returns, targets, predictions, shares = jax.device_get(look(learner, keys))
     if shares is None:
         return Distributions(returns[counted], targets[counted], predictions[counted], None)
-    support = np.asarray(transform.support)
-    return Distributions(returns[counted], *(share.mean(0) for share in shares), support)
+    targets, predictions = (share.mean(0) for share in shares)
+    return Distributions(returns[counted], targets, predictions, np.asarray(transform.support))
