@@ -34,7 +34,7 @@ def test_without_a_sign_the_first_step_is_twice_as_long():
     np.testing.assert_allclose(steps[0], 2 * steps[1])
 
 
-def test_shifts_are_learned_before_and_after():
+def test_shifts_are_learned_before_and_after(quick_jit):
     quantizer, x = LSQQuantizer(bits=2, shift=1, collection="quant"), draw(4, 5)
     variables = quantizer.init(jax.random.key(0), x)
     assert set(variables) == {"quant"}
@@ -46,7 +46,7 @@ def test_shifts_are_learned_before_and_after():
     shifted = {"quant": variables["quant"] | {"shift_before": jnp.full(5, 0.3), "shift_after": jnp.full(5, -1.0)}}
     expected = lsq(x + 0.3, variables["quant"]["step"], bits=2, axis=None) - 1.0
     np.testing.assert_allclose(quantizer.apply(shifted, x), expected, rtol=1e-6)
-    slopes = jax.grad(lambda v: (quantizer.apply(v, x) ** 2).sum())(shifted)
+    slopes = quick_jit(jax.grad(lambda v: (quantizer.apply(v, x) ** 2).sum()))(shifted)
     assert all(leaf.any() for leaf in jax.tree.leaves(slopes))
 
 
@@ -91,13 +91,17 @@ def test_rules_quantize_inside_of_an_unedited_model(quick_jit):
     }
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(slopes))
     assert slopes[1]["fc"]["act_quantizer"]["shift_before"].any()
-    quantized = apply_weight_quant(params, {}, RULES)
-    h = fake_quantize(x, absmax_scale(x, 8, (0, 1)), bits=8)
-    h = nn.relu(nn.Conv(4, (3,)).apply({"params": quantized["conv"]}, h))
-    h = lsq(h, quant["fc"]["act_quantizer"]["step"], bits=2, axis=(0, 2))
-    h = nn.relu(nn.DenseGeneral(5).apply({"params": quantized["fc"]}, h))
-    h = lsq(h, quant["head"]["act_quantizer"]["step"], bits=4, signed=False, axis=None)
-    np.testing.assert_allclose(y, nn.Dense(2).apply({"params": quantized["head"]}, h), rtol=0, atol=1e-5)
+
+    def layer_by_layer(params, quant):
+        quantized = apply_weight_quant(params, {}, RULES)
+        h = fake_quantize(x, absmax_scale(x, 8, (0, 1)), bits=8)
+        h = nn.relu(nn.Conv(4, (3,)).apply({"params": quantized["conv"]}, h))
+        h = lsq(h, quant["fc"]["act_quantizer"]["step"], bits=2, axis=(0, 2))
+        h = nn.relu(nn.DenseGeneral(5).apply({"params": quantized["fc"]}, h))
+        h = lsq(h, quant["head"]["act_quantizer"]["step"], bits=4, signed=False, axis=None)
+        return nn.Dense(2).apply({"params": quantized["head"]}, h)
+
+    np.testing.assert_allclose(y, quick_jit(layer_by_layer)(params, quant), rtol=0, atol=1e-5)
 
 
 def test_a_trained_model_is_calibrated_later_and_its_parameters_are_the_same(quick_jit):

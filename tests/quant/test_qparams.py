@@ -16,7 +16,7 @@ CASE = re.compile(r"b(?P<bits>\d)_(?P<group>ch|pt)_(?P<kind>asym|sym)_(?P<rule>m
 
 @pytest.mark.golden
 @pytest.mark.golden_pattern("quant", "flexround.npz")
-def test_reference_scales_and_zero_points(golden_file):
+def test_reference_scales_and_zero_points(golden_file, quick_jit):
     data = np.load(golden_file)
     cases = [match for key in data.files if (match := CASE.fullmatch(key))]
     assert cases
@@ -27,18 +27,18 @@ def test_reference_scales_and_zero_points(golden_file):
         else:
             search = {"mm": minmax_qparams, "mse": mse_qparams}[case["rule"]]
             options = {"symmetric": True} if case["kind"] == "sym" else {}
-            scale, zero_point = search(data["w"], bits, axis, **options)
+            scale, zero_point = quick_jit(lambda w: search(w, bits, axis, **options))(data["w"])
         expected = data[case[0]]
         np.testing.assert_allclose(np.ravel(scale), np.ravel(expected), rtol=1e-6, err_msg=case[0])
         zeros = data[case[0].replace("delta", "zero_point")]
         np.testing.assert_array_equal(np.broadcast_to(np.ravel(zero_point), zeros.size), np.ravel(zeros))
 
 
-def test_the_search_finds_the_least_error_of_its_grid():
+def test_the_search_finds_the_least_error_of_its_grid(quick_jit):
     rng = np.random.default_rng(0)
     x, bits, grid = rng.standard_normal(30), 3, 8
     with jax.enable_x64():
-        scale, zero = mse_qparams(jnp.asarray(x), bits, None, grid=grid, norm=2)
+        scale, zero = quick_jit(lambda x: mse_qparams(x, bits, None, grid=grid, norm=2))(x)
     width, top, errors = x.max() - x.min(), 2**bits - 1, {}
     for i in range(1, grid + 1):
         for z in range(top + 1):
