@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from poise.launch.quantized_files import load_quantized, save_quantized
-from poise.quant import QuantRule, dequantize_tree, export, init_weight_qparams, tree_nbytes
+from poise.quant import QuantRule, dequantize_tree, export, tree_nbytes
 
 
 def draw(shape, seed=0):
@@ -27,7 +27,7 @@ def quantized():
         QuantRule("^b", weight_bits=2),
         QuantRule("^c", weight_bits=3, method="power", axis=None),
     ]
-    return export(params, init_weight_qparams(params, rules), rules)
+    return export(params, {"c/kernel": {"exponent": jnp.float32(0.6)}}, rules)
 
 
 def same(left, right):

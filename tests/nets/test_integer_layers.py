@@ -27,7 +27,7 @@ class Network(nn.Module):
 @pytest.fixture(scope="module")
 def setting():
     model, x = Network(), draw((3, 8, 8, 2))
-    params = model.init(jax.random.key(0), x)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
     quantized = export(params, {}, [QuantRule("kernel$", weight_bits=8, method="absmax")])
     return model, params, quantized, x
 
@@ -112,9 +112,10 @@ class Layer(nn.Module):
         return nn.tanh(nn.Dense(6)(x)), None
 
 
+@pytest.mark.slow
 def test_other_layers_run_on_dequantized_weights_and_stacks_are_sliced(quick_jit):
     model, tokens = Odd(), jnp.arange(10).reshape(2, 5) % 7
-    params = model.init(jax.random.key(0), tokens)["params"]
+    params = jax.jit(model.init)(jax.random.key(0), tokens)["params"]
     rules = [QuantRule("kernel$|embedding$", weight_bits=8, method="absmax")]
     quantized = export(params, {}, rules)
     got = quick_jit(lambda q: integer_apply(model, q, tokens))(quantized)
@@ -136,6 +137,6 @@ def test_images_under_vmap_and_pmap():
     def one(q, row):
         return integer_apply(model, q, row[None])[0]
 
-    expected = integer_apply(model, quantized, x)
-    np.testing.assert_allclose(jax.vmap(one, (None, 0))(quantized, x), expected, rtol=0, atol=1e-5)
+    expected = jax.jit(lambda q, x: integer_apply(model, q, x))(quantized, x)
+    np.testing.assert_allclose(jax.jit(jax.vmap(one, (None, 0)))(quantized, x), expected, rtol=0, atol=1e-5)
     np.testing.assert_allclose(jax.pmap(one, in_axes=(None, 0))(quantized, x), expected, rtol=0, atol=1e-5)

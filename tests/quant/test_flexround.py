@@ -41,11 +41,9 @@ def column(x):
 
 
 @pytest.mark.golden
-@pytest.mark.golden_pattern("quant", "flexround*.npz")
+@pytest.mark.golden_pattern("quant", "flexround[!_]*npz")
 def test_outputs_and_gradients_of_the_official_code(golden_file):
     z = np.load(golden_file)
-    if not cases(z):
-        pytest.skip("a file of another layout")
     w = jnp.asarray(z["w"])
     for case in cases(z):
         bits, channel, symmetry, search = case.split("_")
@@ -57,7 +55,7 @@ def test_outputs_and_gradients_of_the_official_code(golden_file):
             np.testing.assert_allclose(jnp.exp(start.log_s1), column(get("delta")), rtol=2e-6, err_msg=case)
             # the official code takes the logarithm of the scale first, which may move ties; ours are those of the scale
             ties = np.abs(np.abs(w / column(get("delta"))) % 1 - 0.5) < 1e-4
-            nearest = np.where(ties, get("rtn"), flex(w, start, bits=bits))
+            nearest = np.where(ties, get("rtn"), flexround(w, start, bits=bits))
             np.testing.assert_allclose(nearest, get("rtn"), rtol=1e-6, atol=1e-6, err_msg=case)
             assert ties.sum() <= w.shape[0]
             if not symmetric:
@@ -68,7 +66,7 @@ def test_outputs_and_gradients_of_the_official_code(golden_file):
             column(get("log_s3")),
             zero_point=None if symmetric else column(get("zero_point")),
         )
-        w_hat, pull = jax.vjp(lambda w, p, bits=bits: flex(w, p, bits=bits), w, params)
+        w_hat, pull = jax.vjp(lambda w, p, bits=bits: flexround(w, p, bits=bits), w, params)
         np.testing.assert_allclose(w_hat, get("w_hat"), rtol=0, atol=1e-6 * np.abs(get("w_hat")).max(), err_msg=case)
         dw, gradients = pull(jnp.asarray(get("g")))
         for name, result in {
@@ -85,11 +83,10 @@ def test_outputs_and_gradients_of_the_official_code(golden_file):
             )
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize(("bits", "dtype"), [(2, jnp.bfloat16), (4, jnp.float32)])
 def test_starts_as_round_to_nearest_bit_for_bit(bits, dtype):
     w = draw((7, 9)).astype(dtype)
-    for axis in (0, 1, None):
+    for axis in (0, None):
         scale, zero_point = minmax_qparams(w.astype(jnp.float32), bits, axis)
         nearest = fake_quantize(w, scale, zero_point, bits=bits, signed=False)
         start = flexround_init(w, bits=bits, axis=axis)
@@ -178,16 +175,24 @@ def test_convolutions_have_a_factor_for_inputs():
         assert params.log_s1.shape == shape(out)
         assert params.log_s3.shape == shape(out)
         assert params.log_s4.shape == shape(into)
-        gradient = jax.grad(lambda p: flexround(w, p, bits=4).sum())(params)
+        gradient = jax.jit(jax.grad(lambda p, w: flexround(w, p, bits=4).sum()))(params, w)
         sums = gradient.log_s2.sum(tuple(i for i in range(4) if i != into), keepdims=True)
         np.testing.assert_allclose(gradient.log_s4, sums, rtol=1e-4, atol=1e-5)
 
 
 def test_zeros_and_vmap():
     w = draw((2, 3, 4)).at[0, 1].set(0)
-    params = jax.vmap(lambda w: flexround_init(w, bits=3, axis=1))(w)
-    value, gradient = jax.vmap(jax.value_and_grad(lambda p, w: flexround(w, p, bits=3).sum()))(params, w)
-    np.testing.assert_array_equal(jax.vmap(lambda w, p: flexround(w, p, bits=3))(w, params)[0, 1], 0)
+
+    @jax.jit
+    @jax.vmap
+    def run(w):
+        params = flexround_init(w, bits=3, axis=1)
+        return jax.value_and_grad(lambda p: (lambda out: (out.sum(), out))(flexround(w, p, bits=3)), has_aux=True)(
+            params
+        )
+
+    value, gradient = run(w)
+    np.testing.assert_array_equal(value[1][0, 1], 0)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, gradient)))
 
 

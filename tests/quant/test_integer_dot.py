@@ -132,10 +132,11 @@ def test_convolutions_are_exact(kind, options):
 def test_rows_of_zeros_vmap_and_dtype():
     weight = symmetric(draw((8, 3)), 8, 0)
     x = draw((4, 8)).at[1].set(0)
-    out = int8_dot(x, weight)
+    dot = jax.jit(int8_dot)
+    out = dot(x, weight)
     np.testing.assert_array_equal(out[1], 0)
-    np.testing.assert_array_equal(jax.vmap(lambda row: int8_dot(row, weight))(x), out)
-    half = int8_dot(x.astype(jnp.bfloat16), weight)
+    np.testing.assert_array_equal(jax.jit(jax.vmap(int8_dot, (0, None)))(x, weight), out)
+    half = dot(x.astype(jnp.bfloat16), weight)
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), out, atol=0.05)
 
@@ -143,14 +144,14 @@ def test_rows_of_zeros_vmap_and_dtype():
 def test_products_of_flax_layers_as_they_come():
     x = draw((6, 5, 16))
     dense, integers = nn.DenseGeneral((2, 4)), nn.DenseGeneral((2, 4), dot_general=int8_dot_general())
-    variables = dense.init(jax.random.key(0), x)
-    expected, got = dense.apply(variables, x), jax.jit(integers.apply)(variables, x)
+    variables = jax.jit(dense.init)(jax.random.key(0), x)
+    expected, got = jax.jit(dense.apply)(variables, x), jax.jit(integers.apply)(variables, x)
     error = np.abs(expected - got).max() / np.abs(expected).max()
     assert 0 < error < 0.03
     kernel = variables["params"]["kernel"].reshape(16, 8)
-    exact = int8_dot(x, symmetric(kernel, 8, 0)).reshape(6, 5, 2, 4)
+    exact = jax.jit(lambda x, w: int8_dot(x, symmetric(w, 8, 0)))(x, kernel).reshape(6, 5, 2, 4)
     np.testing.assert_allclose(got, exact, atol=1e-5)
-    batched = int8_dot_general()(x, x, (((2,), (2,)), ((0,), (0,))))
+    batched = jax.jit(lambda x: int8_dot_general()(x, x, (((2,), (2,)), ((0,), (0,)))))(x)
     np.testing.assert_allclose(batched, jnp.einsum("bik,bjk->bij", x, x), atol=0.6)
 
 

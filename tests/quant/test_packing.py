@@ -14,7 +14,7 @@ def draw(shape, bits, signed, seed=0):
     return np.random.default_rng(seed).integers(low, high + 1, shape).astype(np.int8 if signed else np.uint8)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.data())
 def test_unpacking_is_the_exact_inverse(data):
     bits, signed = data.draw(st.sampled_from(PACKED_BITS)), data.draw(st.booleans())
