@@ -121,7 +121,7 @@ def with_torch(w: np.ndarray, x: np.ndarray, bits: int, steps: int, batch: int) 
             loss.backward()
             optimizer.step()
             schedule.step()
-        return float(loss)
+        return float(loss.detach())
 
     return run
 

@@ -88,7 +88,7 @@ def load_quantized(path: str | os.PathLike, *, dequantize: bool = False) -> Quan
             metadata = reader.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{file} holds no quantized parameters: its format is {metadata.get('format')!r}")
-            flat = {name: jnp.asarray(reader.get_tensor(name)) for name in reader.keys()}  # noqa: SIM118
+            flat: dict[str, Any] = {name: jnp.asarray(reader.get_tensor(name)) for name in reader.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
     try:

@@ -194,7 +194,7 @@ def _conv(module: nn.Conv, x: Array, kernel: QuantizedTensor, scale: Any) -> Arr
     if isinstance(padding, int):
         padding = [(padding, padding)] * space
     elif not isinstance(padding, str):
-        padding = [(side, side) if isinstance(side, int) else tuple(side) for side in padding]
+        padding = [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in padding]
     batch = x.shape[: x.ndim - space - 1]
     out = int8_conv(
         x.reshape(-1, *x.shape[len(batch) :]),

@@ -327,7 +327,7 @@ def _codes(w: Array, exponent: Array, params: FlexRoundParams | LRQParams, bits:
     check_bits(bits, low=2)
     wide = at_least_float32(as_floats("w", w))
     check_broadcasts("log_s1", params.log_s1, wide.shape)
-    if params.start is None:
+    if params.start is None or params.log_start is None:
         scale = jnp.exp(params.log_s1)
     else:
         scale = params.start * jnp.exp(params.log_s1 - params.log_start)

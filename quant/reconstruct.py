@@ -266,7 +266,7 @@ def _run(
     def run(params: PyTree, qparams: QParams, x: Array, target: Array, x_float: Array | None, key: Array):
         learned, fixed = split(qparams)
 
-        def body(carry: tuple[QParams, Any], step: Array):
+        def body(carry: Any, step: Array) -> Any:
             learned, state = carry
             rows_key, drop_key = jax.random.split(jax.random.fold_in(key, step))
             batch, wanted, plain = x, target, x_float
@@ -280,7 +280,7 @@ def _run(
             updates, state = optimizer.update(gradients, state, learned)
             return (optax.apply_updates(learned, updates), state), error
 
-        start = (learned, optimizer.init(learned))
+        start: Any = (learned, optimizer.init(learned))
         (learned, _), losses = jax.lax.scan(body, start, jnp.arange(1, steps + 1))
         return {path: {**fixed[path], **learned[path]} for path, _ in layers}, losses
 
