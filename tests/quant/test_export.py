@@ -34,33 +34,38 @@ def tree(dtype=jnp.float32):
 
 
 @pytest.mark.filterwarnings("ignore:at bits=2")
-@pytest.mark.parametrize("method", METHODS)
-def test_what_is_exported_is_the_fake_quantized_model_bit_for_bit(method):
-    for bits, axis, dtype in ((2, None, jnp.float32), (4, "channel", jnp.bfloat16)):
-        params = {"fc1": {"kernel": draw((16, 8)).at[:, 1].set(0).astype(dtype), "bias": draw(8, 1)}}
-        rules = [QuantRule("kernel$", weight_bits=bits, method=method, axis=axis)]
-        qparams = init_weight_qparams(params, rules)
-        # as if trained: away from where the parameters start
-        if method in ("lsq", "flexround", "lrq"):
-            moved = {"step", "log_s1", "log_s2", "left", "right"}
-            qparams = {
-                path: {k: v * 1.07 + 0.01 * (k in ("left", "right")) if k in moved else v for k, v in values.items()}
-                for path, values in qparams.items()
-            }
-        fake = apply_weight_quant(params, qparams, rules)
-        quantized = export(params, qparams, rules)
-        back = dequantize_tree(quantized)
-        for layer in params:
-            assert is_quantized(quantized.params[layer]["kernel"])
-            assert back[layer]["kernel"].dtype == dtype
-            if method != "statsq" or axis == "channel":  # which has no level at zero, but one for a channel of zeros
-                np.testing.assert_array_equal(back[layer]["kernel"][:, 1], 0)
-            np.testing.assert_array_equal(
-                back[layer]["kernel"], fake[layer]["kernel"], err_msg=f"{bits} {axis} {dtype}"
-            )
-            np.testing.assert_array_equal(back[layer]["bias"], params[layer]["bias"])
-        shapes = [leaf.shape for leaf in jax.tree.leaves(quantized) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        assert (16, 8) not in shapes
+@pytest.mark.parametrize(
+    ("method", "setting"),
+    [
+        pytest.param(method, setting, marks=() if (place + setting) % 2 else pytest.mark.slow)
+        for place, method in enumerate(METHODS)
+        for setting in (0, 1)
+    ],
+)
+def test_what_is_exported_is_the_fake_quantized_model_bit_for_bit(method, setting):
+    bits, axis, dtype = ((2, None, jnp.float32), (4, "channel", jnp.bfloat16))[setting]
+    params = {"fc1": {"kernel": draw((16, 8)).at[:, 1].set(0).astype(dtype), "bias": draw(8, 1)}}
+    rules = [QuantRule("kernel$", weight_bits=bits, method=method, axis=axis)]
+    qparams = init_weight_qparams(params, rules)
+    # as if trained: away from where the parameters start
+    if method in ("lsq", "flexround", "lrq"):
+        moved = {"step", "log_s1", "log_s2", "left", "right"}
+        qparams = {
+            path: {k: v * 1.07 + 0.01 * (k in ("left", "right")) if k in moved else v for k, v in values.items()}
+            for path, values in qparams.items()
+        }
+    fake = apply_weight_quant(params, qparams, rules)
+    quantized = export(params, qparams, rules)
+    back = dequantize_tree(quantized)
+    for layer in params:
+        assert is_quantized(quantized.params[layer]["kernel"])
+        assert back[layer]["kernel"].dtype == dtype
+        if method != "statsq" or axis == "channel":  # which has no level at zero, but one for a channel of zeros
+            np.testing.assert_array_equal(back[layer]["kernel"][:, 1], 0)
+        np.testing.assert_array_equal(back[layer]["kernel"], fake[layer]["kernel"], err_msg=f"{bits} {axis} {dtype}")
+        np.testing.assert_array_equal(back[layer]["bias"], params[layer]["bias"])
+    shapes = [leaf.shape for leaf in jax.tree.leaves(quantized) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    assert (16, 8) not in shapes
 
 
 def test_a_reconstructed_block_leaves_as_the_integers_that_were_learned():
