@@ -1,0 +1,312 @@
+"""The quantized phases of a run: training with quantized weights taught by the float network, then annealing."""
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, PyTree
+
+from poise.core import Algorithm, mean_over
+from poise.launch.classifier import (
+    ClassifierState,
+    Images,
+    accuracy_of,
+    adamw,
+    cross_entropy,
+    logits_of,
+    model_of,
+    squared_error,
+)
+from poise.launch.phase import Phase
+from poise.nets import QKReparamSelfAttention, VisionTransformer, activation_quantization
+from poise.quant import (
+    OscillationState,
+    QuantRule,
+    apply_weight_quant,
+    confidence_guided_annealing,
+    init_weight_qparams,
+    oscillating_fraction,
+    oscillation_init,
+    oscillation_update,
+    qk_product,
+    quantized_weights,
+    statsq_codes,
+)
+
+if TYPE_CHECKING:
+    from poise.launch.qat import QATConfig
+
+LEAST_STEP = 1e-5
+Codes = dict[str, Array]
+
+
+class QuantizedState(NamedTuple):
+    """What quantized training keeps.
+
+    Attributes:
+      learned: ``variables``, the float master weights with the activations' steps in the collection ``quant``, and
+        ``steps``, what the weights' quantizers learn.
+      optimizer: the optimizer's state.
+      oscillation: by the weight's path, see :class:`poise.quant.OscillationState`.
+      frozen: ``teacher``, the float network's variables.
+    """
+
+    learned: dict[str, PyTree]
+    optimizer: optax.OptState
+    oscillation: dict[str, OscillationState]
+    frozen: dict[str, PyTree]
+
+
+class Quantized(NamedTuple):
+    """How a network is quantized.
+
+    Attributes:
+      model: the network, whose attention may quantize itself.
+      rules: for everything else.
+      forward: ``(learned, images, train) -> logits``, on quantized weights and activations.
+      codes: ``learned -> integers by path``, of the weights with few bits.
+    """
+
+    model: VisionTransformer
+    rules: tuple[QuantRule, ...]
+    forward: Callable[..., Any]
+    codes: Callable[[dict[str, PyTree]], Codes]
+
+
+def rules_of(config: "QATConfig") -> tuple[QuantRule, ...]:
+    """8 bits for the first and the last layers, few for the blocks; activations have a step for every token."""
+    method = "statsq" if config.method == "ofq" else "lsq"
+    block: dict[str, Any] = dict(
+        weight_bits=config.bits, act_bits=config.act_bits, method=method, act_axis="token", act_shift=True
+    )
+    return (
+        QuantRule("(patch_embed|head|head_dist)/kernel$", weight_bits=8, act_bits=8, method="lsq"),
+        *([QuantRule("attention/")] if config.qkr else []),  # it quantizes itself
+        QuantRule("fc2/kernel$", **block, act_signed=False),  # behind a GELU, whose negative lobe the shift brings up
+        QuantRule("kernel$", **block),
+    )
+
+
+def quantized_model(config: "QATConfig", num_classes: int, boundary_range: float | None = None) -> Quantized:
+    """The network of the run's quantized phases.
+
+    Args:
+      config: the run's settings.
+      num_classes: logits per head.
+      boundary_range: for the product of query and key weights while annealing; None before.
+
+    Returns:
+      The network and what belongs to it.
+    """
+    options: dict[str, Any] = {}
+    if config.qkr:
+        options["attention"] = functools.partial(
+            QKReparamSelfAttention,
+            weight_bits=config.bits,
+            act_bits=config.act_bits,
+            boundary_range=boundary_range,
+        )
+    model, rules = model_of(config, num_classes, **options), rules_of(config)
+
+    def forward(learned: dict[str, PyTree], images: Array, train: bool = False) -> Any:
+        quantized = apply_weight_quant(learned["variables"], learned["steps"], rules)
+        with nn.intercept_methods(activation_quantization(rules)):
+            return model.apply(quantized, images, train=train)
+
+    def codes(learned: dict[str, PyTree]) -> Codes:
+        return codes_of(config, learned, rules)
+
+    return Quantized(model, rules, forward, codes)
+
+
+def codes_of(config: "QATConfig", learned: dict[str, PyTree], rules: tuple[QuantRule, ...]) -> Codes:
+    """The integers of the blocks' weights, by path; with QKR those of the product in place of query and key."""
+    found: Codes = {}
+    for path, weight, rule, axes in quantized_weights(learned["variables"], rules):
+        if rule.weight_bits != config.bits:
+            continue
+        if rule.method == "statsq":
+            found[path] = statsq_codes(weight, bits=config.bits, axis=axes)[0]
+        else:
+            step, half = jnp.maximum(learned["steps"][path]["step"], LEAST_STEP), 2 ** (config.bits - 1)
+            found[path] = jnp.round(jnp.clip(weight / step, -half, half - 1)).astype(jnp.int8)
+    if config.qkr:
+        for name, block in learned["variables"]["params"].items():
+            if not name.startswith("block_"):
+                continue
+            kernels = {key: block["attention"][key]["kernel"] for key in ("query", "key", "value", "proj")}
+            product = qk_product(kernels["query"].T, kernels["key"].T, config.num_heads)
+            place = f"params/{name}/attention"
+            found[f"{place}/product"] = statsq_codes(product, bits=config.bits, axis=1)[0]
+            for key in ("value", "proj"):
+                found[f"{place}/{key}/kernel"] = statsq_codes(kernels[key], bits=config.bits, axis=0)[0]
+    return found
+
+
+def watch(oscillation: dict[str, OscillationState], codes: Codes) -> tuple[dict[str, OscillationState], Codes]:
+    """Takes the codes after a step into account.
+
+    Args:
+      oscillation: by path.
+      codes: by path.
+
+    Returns:
+      The new states, and ``oscillating``, the share of weights that go back and forth, and ``flips``, the share whose
+      code changed in this step.
+    """
+    new = {path: oscillation_update(oscillation[path], codes[path]) for path in oscillation}
+    sizes = {path: state.frequency.size for path, state in new.items()}
+    flips = sum(jnp.sum(new[path].codes != oscillation[path].codes) for path in new)
+    moving = sum(oscillating_fraction(new[path]) * sizes[path] for path in new)
+    total = sum(sizes.values())
+    return new, {"oscillating": jnp.asarray(moving) / total, "flips": jnp.asarray(flips) / total}
+
+
+def quantized_training(
+    config: "QATConfig",
+    teacher: VisionTransformer,
+    quantized: Quantized,
+    optimizer: optax.GradientTransformation,
+    init: Callable[[Array, dict[str, Array]], QuantizedState],
+    axis_name: str | None,
+) -> Algorithm:
+    r"""Training of a quantized network by labels and by its float self.
+
+    The loss is $-\log p_{cls}(y) - w\sum_k p_T(k)\log p_{dist}(k)$ with the class head, the distillation head, and
+    the float network's probabilities.
+
+    Args:
+      config: the run's settings.
+      teacher: the float network.
+      quantized: the quantized one.
+      optimizer: of what is learned.
+      init: makes the first state.
+      axis_name: of the devices that share a batch under pmap.
+
+    Returns:
+      The algorithm; its metrics are ``loss``, ``label_loss``, ``teacher_loss``, ``accuracy``, ``grad_norm``, and those
+      of :func:`watch`.
+    """
+
+    def step(state: QuantizedState, batch: dict[str, Array], key: Array) -> tuple[QuantizedState, dict[str, Array]]:
+        del key  # nothing is drawn
+        soft = jax.nn.softmax(teacher.apply(state.frozen["teacher"], batch["image"]))
+
+        def loss_fn(learned: dict[str, PyTree]) -> tuple[Array, dict[str, Array]]:
+            head, distilled = quantized.forward(learned, batch["image"], train=True)
+            label_loss = cross_entropy(head, batch["label"])
+            teacher_loss = optax.softmax_cross_entropy(distilled, soft).mean()
+            right = ((head + distilled).argmax(-1) == batch["label"]).mean()
+            metrics = {"label_loss": label_loss, "teacher_loss": teacher_loss, "accuracy": right}
+            return label_loss + config.distill_weight * teacher_loss, metrics
+
+        (loss, metrics), grads = mean_over(axis_name, jax.value_and_grad(loss_fn, has_aux=True)(state.learned))
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.learned)
+        learned = optax.apply_updates(state.learned, updates)
+        oscillation, moves = watch(state.oscillation, quantized.codes(learned))
+        new = QuantizedState(learned, optimizer_state, oscillation, state.frozen)
+        return new, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads), **moves}
+
+    return Algorithm(init, step)
+
+
+def first_state(
+    config: "QATConfig",
+    quantized: Quantized,
+    optimizer: optax.GradientTransformation,
+    previous: ClassifierState,
+    images: Array,
+) -> QuantizedState:
+    """The float network with quantizers, whose steps start from its weights and from one batch."""
+    params = dict(previous.variables["params"])
+    if config.qkr:  # no bias of query and key
+        for name in [name for name in params if name.startswith("block_")]:
+            attention = dict(params[name]["attention"])
+            attention |= {key: {"kernel": attention[key]["kernel"]} for key in ("query", "key")}
+            params[name] = {**params[name], "attention": attention}
+    steps = init_weight_qparams({"params": params}, quantized.rules)
+    with nn.intercept_methods(activation_quantization(quantized.rules)):
+        weights = apply_weight_quant({"params": params}, steps, quantized.rules)
+        _, found = quantized.model.apply(weights, images, mutable=["quant"])
+    learned = {"variables": {"params": params, "quant": found["quant"]}, "steps": steps}
+    oscillation = {path: oscillation_init(codes) for path, codes in quantized.codes(learned).items()}
+    return QuantizedState(learned, optimizer.init(learned), oscillation, {"teacher": previous.variables})
+
+
+def annealed(config: "QATConfig", optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer under confidence-guided annealing of the weights with few bits."""
+    rules = rules_of(config)
+
+    def mask(learned: dict[str, PyTree]) -> dict[str, PyTree]:
+        chosen = {path for path, _, rule, _ in quantized_weights(learned["variables"], rules)
+                  if rule.weight_bits == config.bits}  # fmt: skip
+
+        def quantized(path: Any, leaf: Any) -> bool:
+            del leaf
+            name = "/".join(str(entry.key) for entry in path)
+            return name in chosen or (config.qkr and name.endswith(("value/kernel", "proj/kernel")))
+
+        variables = jax.tree_util.tree_map_with_path(quantized, learned["variables"])
+        return {"variables": variables, "steps": jax.tree.map(lambda _: False, learned["steps"])}
+
+    return confidence_guided_annealing(
+        optimizer, bits=config.bits, boundary_range=config.boundary_range, axis=0, mask=mask
+    )
+
+
+def quantized_phases(config: "QATConfig", images: Images) -> tuple[Phase, ...]:
+    """The phases ``qat`` and, for OFQ, ``cga``, which follow the phase ``float``.
+
+    Args:
+      config: the run's settings.
+      images: what is learned.
+
+    Returns:
+      One or two phases.
+    """
+    teacher = model_of(config, images.num_classes)
+    evaluate = evaluator(config, images)
+
+    falling = optax.cosine_decay_schedule(
+        config.learning_rate, config.steps, config.min_learning_rate / config.learning_rate
+    )
+
+    def qat(previous: Any, axis_name: str | None = None) -> Algorithm:
+        quantized = quantized_model(config, images.num_classes)
+        optimizer = adamw(falling, config.weight_decay)
+
+        def init(key: Array, batch: dict[str, Array]) -> QuantizedState:
+            del key
+            return first_state(config, quantized, optimizer, previous, batch["image"])
+
+        return quantized_training(config, teacher, quantized, optimizer, init, axis_name)
+
+    def cga(previous: Any, axis_name: str | None = None) -> Algorithm:
+        quantized = quantized_model(config, images.num_classes, config.boundary_range)
+        optimizer = annealed(config, adamw(optax.constant_schedule(config.min_learning_rate), config.weight_decay))
+        # The optimizer's state is of the same kind: momentum and all go on.
+        return quantized_training(config, teacher, quantized, optimizer, lambda key, batch: previous, axis_name)
+
+    options: dict[str, Any] = {"evaluate": evaluate, "evaluate_every": config.eval_every}
+    phases = [Phase("qat", qat, images.train, config.steps, **options)]
+    if config.method == "ofq" and config.cga_steps:
+        phases.append(Phase("cga", cga, images.train, config.cga_steps, **options))
+    return tuple(phases)
+
+
+def evaluator(config: "QATConfig", images: Images) -> Callable[[QuantizedState, Any], dict[str, float]]:
+    """``(state, key) -> accuracy`` on held-out images and the squared error of the logits to the float network's."""
+    forward = jax.jit(quantized_model(config, images.num_classes).forward)
+    teacher = jax.jit(model_of(config, images.num_classes).apply)
+
+    def evaluate(state: QuantizedState, key: Any) -> dict[str, float]:
+        del key
+        logits = logits_of(lambda x: forward(state.learned, x), images.images)
+        target = logits_of(lambda x: teacher(state.frozen["teacher"], x), images.images)
+        return {"accuracy": accuracy_of(logits, images.labels), "logit_mse": squared_error(logits, target)}
+
+    return evaluate

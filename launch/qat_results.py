@@ -1,0 +1,187 @@
+"""What a quantization-aware training leaves: packed integers, a table of what they cost, the oscillation over steps."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from poise.launch.classifier import (
+    Images,
+    accuracy_of,
+    logits_of,
+    milliseconds,
+    model_of,
+    save_floats,
+    squared_error,
+)
+from poise.launch.files import atomic_path
+from poise.launch.loop import FitResult
+from poise.launch.qat_phases import QuantizedState, quantized_model
+from poise.launch.quantized_files import load_quantized, save_quantized
+from poise.launch.reports import read_rows, text_table, write_report
+from poise.nets import activation_quantization, integer_apply
+from poise.quant import QuantizedParams, apply_weight_quant, export
+
+if TYPE_CHECKING:
+    from poise.launch.qat import QATConfig
+
+_SMOOTH = 20  # steps of the mean that is drawn
+
+
+def write_results(config: "QATConfig", images: Images, result: FitResult, workdir: pathlib.Path) -> dict[str, Any]:
+    """Exports, reads what was exported, judges it, writes the report and the picture, and prints the table.
+
+    Args:
+      config: the run's settings.
+      images: held-out ones are judged by.
+      result: of the training.
+      workdir: where ``model.safetensors``, ``float.safetensors``, ``report.json`` and ``oscillation.png`` go.
+
+    Returns:
+      The content of ``report.json``.
+    """
+    state: QuantizedState = result.state
+    save_floats(workdir / "float.safetensors", state.frozen["teacher"]["params"])
+    quantized = quantized_model(config, images.num_classes)
+    save_quantized(
+        workdir / "model.safetensors", export(state.learned["variables"], state.learned["steps"], quantized.rules)
+    )
+    rows = judge(config, images, state, workdir)
+    report = {
+        "rows": rows,
+        "oscillation": _oscillation(read_rows(workdir)),
+        "seconds": result.seconds,
+        "config": dataclasses.asdict(config),
+        "seed": config.seed,
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+    write_report(workdir / "report.json", report, ("poise", "jax", "flax", "optax"))
+    oscillation_picture(workdir / "oscillation.png", read_rows(workdir), config)
+    print(table(rows), flush=True)
+    return report
+
+
+def judge(config: "QATConfig", images: Images, state: QuantizedState, workdir: pathlib.Path) -> list[dict[str, Any]]:
+    """Accuracy, error of the logits, size and speed: in float, with quantizers, and as integers from the file."""
+    quantized = quantized_model(config, images.num_classes)
+    stored = load_quantized(workdir / "model.safetensors")
+    assert isinstance(stored, QuantizedParams)
+    float_model = model_of(config, images.num_classes)
+
+    def with_activations(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def forward(variables: Any, x: Any) -> Any:
+            with nn.intercept_methods(activation_quantization(quantized.rules)):
+                return run(variables, x)
+
+        return forward
+
+    name = f"{config.method}{'+qkr' if config.qkr else ''}"
+    fake = apply_weight_quant(state.learned["variables"], state.learned["steps"], quantized.rules)
+    kinds: list[tuple[str, int, Callable, Any, pathlib.Path | None]] = [
+        ("float", 32, float_model.apply, state.frozen["teacher"], workdir / "float.safetensors"),
+        (f"{name}, quantizers", config.bits, with_activations(quantized.model.apply), fake, None),
+        (
+            f"{name}, integers",
+            config.bits,
+            with_activations(lambda v, x: integer_apply(quantized.model, v, x)),
+            stored.params,
+            workdir / "model.safetensors",
+        ),
+    ]
+    rows, target = [], None
+    for kind, bits, apply, variables, path in kinds:
+        jitted = jax.jit(apply)
+
+        def forward(x: Any, jitted: Any = jitted, variables: Any = variables) -> Any:
+            return jitted(variables, x)
+
+        logits = logits_of(forward, images.images)
+        target = logits if target is None else target
+        rows.append(
+            {
+                "method": kind,
+                "bits": bits,
+                "accuracy": accuracy_of(logits, images.labels),
+                "logit_mse": squared_error(logits, target),
+                "bytes": None if path is None else path.stat().st_size,
+                "milliseconds": milliseconds(forward, images.images, config.timing_images),
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows of :func:`judge` as text.
+
+    Example:
+      >>> from poise.launch.qat_results import table
+      >>> row = {"method": "float", "bits": 32, "accuracy": 0.97, "logit_mse": 0.0, "bytes": 9000, "milliseconds": 2.5}
+      >>> print(table([row]))
+      method  bits  accuracy  logit error  bytes on disk  ms per batch
+      ----------------------------------------------------------------
+      float     32     0.970        0.000          9,000          2.50
+    """
+    heads = ["method", "bits", "accuracy", "logit error", "bytes on disk", "ms per batch"]
+    cells = [
+        [
+            row["method"],
+            str(row["bits"]),
+            f"{row['accuracy']:.3f}",
+            f"{row['logit_mse']:.3f}",
+            "-" if row["bytes"] is None else f"{row['bytes']:,}",
+            f"{row['milliseconds']:.2f}",
+        ]
+        for row in rows
+    ]
+    return text_table(heads, cells)
+
+
+def _oscillation(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, float]]:
+    """By phase: the share that oscillates at its end, and the share of codes that a step changes, over its last 100."""
+    return {
+        phase: {
+            "oscillating": rows[phase][-1]["oscillating"],
+            "flips": float(np.mean([row["flips"] for row in rows[phase][-100:]])),
+        }
+        for phase in ("qat", "cga")
+        if phase in rows
+    }
+
+
+def oscillation_picture(
+    path: pathlib.Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], config: "QATConfig"
+) -> None:
+    """Draws which share of the weights oscillates and changes its code, and the accuracy, over the quantized steps."""
+    from matplotlib.figure import Figure
+
+    steps = [*rows["qat"], *rows.get("cga", [])]
+    count = np.arange(1, len(steps) + 1)
+    figure = Figure(figsize=(12, 3.8), dpi=110, layout="constrained")
+    figure.suptitle(
+        f"{config.method}, {config.bits}-bit weights, {config.act_bits}-bit activations, seed {config.seed}"
+    )
+    axes = figure.subplots(1, 3)
+    axes[0].plot(count, [row["oscillating"] for row in steps], color="C0")
+    axes[0].set_ylabel("share of weights that oscillate")
+    width = min(_SMOOTH, len(steps))
+    flips = np.convolve([row["flips"] for row in steps], np.full(width, 1 / width), "valid")
+    axes[1].semilogy(count[width - 1 :], np.maximum(flips, 1e-7), color="C1")
+    axes[1].set_ylabel(f"share of codes changed in a step (mean of {width})")
+    judged = [(step, row["eval/accuracy"]) for step, row in zip(count, steps, strict=True) if "eval/accuracy" in row]
+    axes[2].plot(*zip(*judged, strict=True), "o-", ms=3, color="C2", label="quantized")
+    before = rows["float"][-1].get("eval/accuracy")
+    if before is not None:
+        axes[2].axhline(before, color="black", lw=0.8, label="float")
+    axes[2].set_ylabel("accuracy on held-out images")
+    for axis in axes:
+        if "cga" in rows:
+            axis.axvline(len(rows["qat"]) + 0.5, color="black", lw=0.8, ls=":", label="annealing begins")
+        axis.set_xlabel("quantized steps")
+        axis.grid(alpha=0.3)
+    axes[2].legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
