@@ -38,7 +38,7 @@ class ClassifierConfig:
     weight_decay: float = field(0.05, "weight decay of AdamW, on kernels", minimum=0.0)
 
     eval_images: int = field(10_000, "held-out images, at most, that accuracy is measured on", minimum=1)
-    timing_images: int = field(128, "images of the batch that is timed", role="execution", minimum=1)
+    timing_images: int = field(256, "images of the batch that is timed", role="execution", minimum=1)
     save_every: int = field(200, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
     save_every_seconds: float = field(
         60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,13 @@ from poise.launch.classifier import (
     squared_error,
 )
 from poise.launch.phase import Phase
-from poise.nets import QKReparamSelfAttention, VisionTransformer, activation_quantization
+from poise.nets import (
+    QKProductSelfAttention,
+    QKReparamSelfAttention,
+    VisionTransformer,
+    activation_quantization,
+    qk_product_params,
+)
 from poise.quant import (
     OscillationState,
     QuantRule,
@@ -32,7 +39,6 @@ from poise.quant import (
     oscillating_fraction,
     oscillation_init,
     oscillation_update,
-    qk_product,
     quantized_weights,
     statsq_codes,
 )
@@ -135,16 +141,45 @@ def codes_of(config: "QATConfig", learned: dict[str, PyTree], rules: tuple[Quant
             step, half = jnp.maximum(learned["steps"][path]["step"], LEAST_STEP), 2 ** (config.bits - 1)
             found[path] = jnp.round(jnp.clip(weight / step, -half, half - 1)).astype(jnp.int8)
     if config.qkr:
-        for name, block in learned["variables"]["params"].items():
-            if not name.startswith("block_"):
-                continue
-            kernels = {key: block["attention"][key]["kernel"] for key in ("query", "key", "value", "proj")}
-            product = qk_product(kernels["query"].T, kernels["key"].T, config.num_heads)
-            place = f"params/{name}/attention"
-            found[f"{place}/product"] = statsq_codes(product, bits=config.bits, axis=1)[0]
-            for key in ("value", "proj"):
-                found[f"{place}/{key}/kernel"] = statsq_codes(kernels[key], bits=config.bits, axis=0)[0]
+        for path, layer in flax.traverse_util.flatten_dict(products_of(config, learned["variables"])["params"]).items():
+            if "attention" in path and path[-1] == "kernel":
+                found["/".join(("params", *path))] = statsq_codes(layer, bits=config.bits, axis=0)[0]
     return found
+
+
+def products_of(config: "QATConfig", variables: PyTree) -> PyTree:
+    """The variables with the product of query and key weights in place of these, as :class:`QKProductSelfAttention`."""
+    params = {
+        name: {**block, "attention": qk_product_params(block["attention"], config.num_heads)}
+        if name.startswith("block_")
+        else block
+        for name, block in variables["params"].items()
+    }
+    return {**variables, "params": params}
+
+
+class Deployed(NamedTuple):
+    """A trained network as it is exported.
+
+    Attributes:
+      model: the network.
+      variables: its float variables.
+      rules: how they are quantized, and the activations.
+    """
+
+    model: VisionTransformer
+    variables: PyTree
+    rules: tuple[QuantRule, ...]
+
+
+def deployed(config: "QATConfig", num_classes: int, learned: dict[str, PyTree]) -> Deployed:
+    """What is exported of a trained network: itself, or with QKR the one whose attention has the product's weights."""
+    if not config.qkr:
+        return Deployed(model_of(config, num_classes), learned["variables"], rules_of(config))
+    attention = functools.partial(QKProductSelfAttention, act_bits=config.act_bits)
+    inside = QuantRule("attention/.*kernel$", weight_bits=config.bits)  # the layer has quantizers of activations
+    model = model_of(config, num_classes, attention=attention)
+    return Deployed(model, products_of(config, learned["variables"]), (inside, *rules_of(config)))
 
 
 def watch(oscillation: dict[str, OscillationState], codes: Codes) -> tuple[dict[str, OscillationState], Codes]:

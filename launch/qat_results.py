@@ -20,11 +20,11 @@ from poise.launch.classifier import (
 )
 from poise.launch.files import atomic_path
 from poise.launch.loop import FitResult
-from poise.launch.qat_phases import QuantizedState, quantized_model
+from poise.launch.qat_phases import QuantizedState, deployed, quantized_model
 from poise.launch.quantized_files import load_quantized, save_quantized
 from poise.launch.reports import read_rows, text_table, write_report
 from poise.nets import activation_quantization, integer_apply
-from poise.quant import QuantizedParams, apply_weight_quant, export
+from poise.quant import QuantizedParams, export
 
 if TYPE_CHECKING:
     from poise.launch.qat import QATConfig
@@ -46,10 +46,8 @@ def write_results(config: "QATConfig", images: Images, result: FitResult, workdi
     """
     state: QuantizedState = result.state
     save_floats(workdir / "float.safetensors", state.frozen["teacher"]["params"])
-    quantized = quantized_model(config, images.num_classes)
-    save_quantized(
-        workdir / "model.safetensors", export(state.learned["variables"], state.learned["steps"], quantized.rules)
-    )
+    out = deployed(config, images.num_classes, state.learned)
+    save_quantized(workdir / "model.safetensors", export(out.variables, state.learned["steps"], out.rules))
     rows = judge(config, images, state, workdir)
     report = {
         "rows": rows,
@@ -67,33 +65,24 @@ def write_results(config: "QATConfig", images: Images, result: FitResult, workdi
 
 def judge(config: "QATConfig", images: Images, state: QuantizedState, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Accuracy, error of the logits, size and speed: in float, with quantizers, and as integers from the file."""
-    quantized = quantized_model(config, images.num_classes)
+    out = deployed(config, images.num_classes, state.learned)
     stored = load_quantized(workdir / "model.safetensors")
     assert isinstance(stored, QuantizedParams)
-    float_model = model_of(config, images.num_classes)
 
-    def with_activations(run: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def forward(variables: Any, x: Any) -> Any:
-            with nn.intercept_methods(activation_quantization(quantized.rules)):
-                return run(variables, x)
+    def integers(variables: Any, x: Any) -> Any:
+        with nn.intercept_methods(activation_quantization(out.rules)):
+            return integer_apply(out.model, variables, x)
 
-        return forward
-
-    name = f"{config.method}{'+qkr' if config.qkr else ''}"
-    fake = apply_weight_quant(state.learned["variables"], state.learned["steps"], quantized.rules)
-    kinds: list[tuple[str, int, Callable, Any, pathlib.Path | None]] = [
-        ("float", 32, float_model.apply, state.frozen["teacher"], workdir / "float.safetensors"),
-        (f"{name}, quantizers", config.bits, with_activations(quantized.model.apply), fake, None),
-        (
-            f"{name}, integers",
-            config.bits,
-            with_activations(lambda v, x: integer_apply(quantized.model, v, x)),
-            stored.params,
-            workdir / "model.safetensors",
-        ),
+    teacher, name = state.frozen["teacher"], f"{config.method}{'+qkr' if config.qkr else ''}"
+    float_model, trained = model_of(config, images.num_classes), quantized_model(config, images.num_classes)
+    few, files = config.bits, (workdir / "float.safetensors", None, workdir / "model.safetensors")
+    kinds: list[tuple[str, int, Callable[..., Any], Any]] = [
+        ("float", 32, float_model.apply, teacher),
+        (f"{name}, quantizers", few, trained.forward, state.learned),
+        (f"{name}, integers", few, integers, stored.params),
     ]
     rows, target = [], None
-    for kind, bits, apply, variables, path in kinds:
+    for (kind, bits, apply, variables), path in zip(kinds, files, strict=True):
         jitted = jax.jit(apply)
 
         def forward(x: Any, jitted: Any = jitted, variables: Any = variables) -> Any:
@@ -160,7 +149,7 @@ def oscillation_picture(
 
     steps = [*rows["qat"], *rows.get("cga", [])]
     count = np.arange(1, len(steps) + 1)
-    figure = Figure(figsize=(12, 3.8), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 4), dpi=110, layout="constrained")
     figure.suptitle(
         f"{config.method}, {config.bits}-bit weights, {config.act_bits}-bit activations, seed {config.seed}"
     )
@@ -170,7 +159,7 @@ def oscillation_picture(
     width = min(_SMOOTH, len(steps))
     flips = np.convolve([row["flips"] for row in steps], np.full(width, 1 / width), "valid")
     axes[1].semilogy(count[width - 1 :], np.maximum(flips, 1e-7), color="C1")
-    axes[1].set_ylabel(f"share of codes changed in a step (mean of {width})")
+    axes[1].set_ylabel(f"share of codes changed in a step, mean of {width}", fontsize=9)
     judged = [(step, row["eval/accuracy"]) for step, row in zip(count, steps, strict=True) if "eval/accuracy" in row]
     axes[2].plot(*zip(*judged, strict=True), "o-", ms=3, color="C2", label="quantized")
     before = rows["float"][-1].get("eval/accuracy")

@@ -33,6 +33,7 @@ from poise.nets.integer_layers import activation_scales, integer_apply
 from poise.nets.labels import label_vectors
 from poise.nets.mlp import MLP, AffineGenerator, MLPHead
 from poise.nets.presets import adm, ddpmpp, edm_network, ncsnpp, preconditioning_of
+from poise.nets.qk_product_attention import QKProductSelfAttention, qk_product_params
 from poise.nets.qk_reparam import QKReparamSelfAttention
 from poise.nets.quantizers import LSQQuantizer, activation_quantization
 from poise.nets.ratio_head import RatioHead
@@ -74,6 +75,7 @@ __all__ = [
     "LayerInit",
     "MLPHead",
     "PositionalEmbedding",
+    "QKProductSelfAttention",
     "QKReparamSelfAttention",
     "RatioHead",
     "ResampleConv",
@@ -107,6 +109,7 @@ __all__ = [
     "pixel_attention",
     "positional_embedding",
     "preconditioning_of",
+    "qk_product_params",
     "rotary_embedding",
     "state_dict_shapes",
     "to_state_dict",
