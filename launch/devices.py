@@ -1,6 +1,7 @@
 """Which devices a run uses and how its arrays lie on them."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from poise.launch.leaves import Layout, is_key
 from poise.launch.sharding import DATA, FSDP, LeafSpecs, Rules, parse_mesh, parse_rules
 
 PARALLEL = ("jit", "pmap")
+_OPTIMIZER = re.compile(r"(^|/)([a-z]+_)?opt(imizer)?(_state)?(/|$)")
 
 
 class DeviceError(LaunchError, ValueError):
@@ -85,6 +87,21 @@ class Placement:
             return tuple(NamedSharding(self.mesh, spec) for spec in specs)
 
         return of(layout.live_names, layout.abstract_live), of(layout.frozen_names, layout.abstract_frozen)
+
+    def together(self, names: Sequence[str], shardings: Sequence[NamedSharding]) -> tuple[NamedSharding, ...]:
+        """How leaves lie while they are used: what is split over ``fsdp`` is put together again.
+
+        An optimizer's leaves (under a name such as ``optimizer``, ``opt_state`` or ``student_opt``) stay split, since
+        they are only met by their like. Weights must not: XLA's partitioner gives wrong gradients, without a word, for
+        some programs in which a product's inner dimension is split over an axis of the batch (jax 0.10).
+        """
+
+        def of(name: str, sharding: NamedSharding) -> NamedSharding:
+            if FSDP not in sharding.spec or _OPTIMIZER.search(name):
+                return sharding
+            return NamedSharding(self.mesh, PartitionSpec(*(None if axis == FSDP else axis for axis in sharding.spec)))
+
+        return tuple(of(name, sharding) for name, sharding in zip(names, shardings, strict=True))
 
     def check_batch(self, batch: PyTree, batch_axis: int, name: str) -> None:
         """Makes sure that every leaf of a batch can be split.

@@ -286,7 +286,9 @@ class _Run:
             save = self.save_due(step, phase.num_steps)
             leaving = bool(self.stop)  # looked at once, lest a step be saved whose row isn't written
             if evaluation or save or leaving:
-                self.report(index, program, pending, evaluation, layout.merge(live, frozen) if evaluation else None)
+                self.report(
+                    index, program, pending, evaluation, program.whole_state(live, frozen) if evaluation else None
+                )
                 pending, leaving = None, bool(self.stop)
             if save or leaving:
                 self.save(index, layout, live, frozen, step)

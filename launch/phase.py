@@ -98,6 +98,13 @@ class Program:
         options = _COMPILED_FAST if self._placement.platform == "cpu" else None
         return self.layout.split(lowered.compile(compiler_options=options)(previous_state, key, batch))
 
+    def whole_state(self, live: tuple[Any, ...], frozen: tuple[Any, ...]) -> State:
+        """The state to evaluate, its weights put together."""
+        placement, layout = self._placement, self.layout
+        live = jax.device_put(live, placement.together(layout.live_names, self.shardings[0]))
+        frozen = jax.device_put(frozen, placement.together(layout.frozen_names, self.shardings[1]))
+        return layout.merge(live, frozen)
+
     def place(self, step: int) -> PyTree:
         """The batch of a step, from 0, on the devices."""
         data = self.phase.data
@@ -107,10 +114,15 @@ class Program:
         """Compiles the step once; what is called later is that program and never another."""
         phase, layout, placement = self.phase, self.layout, self._placement
         algorithm = self._algorithm()
+        used_live = placement.together(layout.live_names, self.shardings[0])
+        used_frozen = placement.together(layout.frozen_names, self.shardings[1])
 
         def step(
             live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: Array
         ) -> tuple[tuple[Any, ...], dict[str, Array], Bool[Array, " leaves"]]:
+            if placement.parallel == "jit":
+                live = _constrained(live, used_live)
+                frozen = _constrained(frozen, used_frozen)
             # The fold-in completes poise.core.step_key(seed, phase, step).
             state, metrics = algorithm.step(layout.merge(live, frozen), batch, jax.random.fold_in(key, index))
             new_live, _ = layout.split(state)
@@ -157,6 +169,11 @@ class Program:
     ) -> tuple[tuple[Any, ...], dict[str, Array], Array]:
         """One step, from 0: new live leaves (the old ones are gone), metrics, and which values are finite."""
         return self._step(live, frozen, batch, key, np.uint32(index))
+
+
+def _constrained(leaves: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[Any, ...]:
+    constrain = jax.lax.with_sharding_constraint
+    return tuple(constrain(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True))
 
 
 def _checked(metrics: Any, phase: str) -> dict[str, Array]:

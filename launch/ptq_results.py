@@ -127,7 +127,7 @@ def judge(
 
 
 def integer_products(model: VisionTransformer, stored: QuantizedParams) -> Callable[[PyTree, Any], Any]:
-    """``(params, images) -> logits``, compiled, in integer products; exponents are constants, which tables are made of."""
+    """``(params, images) -> logits``, compiled, in integer products; exponents, which make tables, are constants."""
 
     def known(traced: Any, tensor: Any) -> Any:
         return dataclasses.replace(traced, exponent=tensor.exponent) if is_quantized(tensor) else traced

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from poise.launch.data import DataError
 _HELD_OUT_SHARE = 10  # one part in ten to choose settings on, another to report
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What turns text into tokens and back.
 

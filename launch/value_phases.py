@@ -34,14 +34,8 @@ if TYPE_CHECKING:
     from poise.launch.value import ValueConfig
 
 
-def _hl_gauss(v_min: float, v_max: float, num_bins: int) -> ValueTransform:
-    """HL-Gauss; float32's erf falls by a rounding error here and there, and a negative share has no entropy."""
-    transform = hl_gauss(v_min, v_max, num_bins)
-    return transform._replace(encode=lambda values: jnp.maximum(transform.encode(values), 0))
-
-
 _ON_A_GRID: dict[str, Callable[..., ValueTransform]] = {
-    "hl_gauss": _hl_gauss,
+    "hl_gauss": hl_gauss,
     "two_hot": two_hot,
     "c51": c51,
     "mse_softmax": softmax_scalar,

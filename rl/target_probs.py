@@ -57,7 +57,7 @@ def hl_gauss_probs(
     y = _within(target, edges[0], edges[-1])[..., None]
     g = jax.lax.erf((edges - y) / (jnp.sqrt(jnp.asarray(2, y.dtype)) * jnp.asarray(sigma, y.dtype)))
     total = jnp.maximum(g[..., -1:] - g[..., :1], jnp.finfo(g.dtype).tiny)
-    return jnp.diff(g, axis=-1) / total
+    return jnp.maximum(jnp.diff(g, axis=-1), 0) / total  # float32's erf falls by a rounding error here and there
 
 
 def _triangles(values: Array, atoms: Array) -> Array:

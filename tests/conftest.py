@@ -1,5 +1,6 @@
-"""Shared set-up: 8 simulated devices, and the folder of golden files."""
+"""Shared set-up: 8 simulated devices, compilation that costs little, and the folder of golden files."""
 
+import importlib.metadata
 import os
 import pathlib
 
@@ -7,7 +8,19 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+# Most tests run a program once or twice: optimizing it takes longer than what that saves. The second flag is gone from
+# jaxlib 0.11 on, and XLA aborts at flags that it doesn't know.
+QUICK = " --xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
+
 GOLDEN = pathlib.Path(os.environ.get("POISE_GOLDEN", pathlib.Path(__file__).parent / "golden"))
+
+
+def pytest_configure(config):
+    """Quick tests compile quickly; the others train for long and want fast programs."""
+    if config.option.markexpr not in ("slow", "effects"):
+        os.environ["XLA_FLAGS"] += QUICK
 
 
 def golden_files(area: str, pattern: str) -> list[pathlib.Path]:
