@@ -12,7 +12,7 @@ NETWORK = ("data", "image_size", "patch_size", "width", "num_heads", "num_layers
 # Seconds, to see that everything works.
 SMOKE: dict[str, Any] = {
     "patch_size": 4, "width": 16, "num_layers": 1, "float_steps": 6, "batch_size": 16, "eval_images": 40,
-    "timing_images": 8, "save_every": 2, "save_every_seconds": 0.0,
+    "timing_images": 40, "save_every": 2, "save_every_seconds": 0.0,
 }  # fmt: skip
 
 

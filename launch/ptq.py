@@ -20,8 +20,9 @@ METHODS = ("rtn", "adaround", "flexround", "nupes")
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {},
-    "smoke": {**SMOKE, "methods": "rtn,flexround", "bits": (3,), "steps": 4, "calibration_images": 16},
-}
+    "smoke": {**SMOKE, "methods": "rtn,flexround", "bits": (3,), "steps": 4, "calibration_images": 16,
+              "reconstruction_batch_size": 8},
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

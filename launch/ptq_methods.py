@@ -95,7 +95,7 @@ def quantizer_of(config: "PTQConfig", method: str, bits: int) -> tuple[Quantizer
 
 
 def round_network(
-    config: "PTQConfig", method: str, bits: int, model: VisionTransformer, params: PyTree, images: np.ndarray
+    config: "PTQConfig", method: str, bits: int, model: VisionTransformer, params: PyTree, images: np.ndarray | Array
 ) -> Rounded:
     """Quantizes a network's weights: the blocks' by a method, the first and last layers' to the nearest of 8 bits.
 

@@ -57,13 +57,13 @@ class QuantizedState(NamedTuple):
       learned: ``variables``, the float master weights with the activations' steps in the collection ``quant``, and
         ``steps``, what the weights' quantizers learn.
       optimizer: the optimizer's state.
-      oscillation: by the weight's path, see :class:`poise.quant.OscillationState`.
+      oscillation: of all codes with few bits, one behind the other; see :class:`poise.quant.OscillationState`.
       frozen: ``teacher``, the float network's variables.
     """
 
     learned: dict[str, PyTree]
     optimizer: optax.OptState
-    oscillation: dict[str, OscillationState]
+    oscillation: OscillationState
     frozen: dict[str, PyTree]
 
 
@@ -182,23 +182,25 @@ def deployed(config: "QATConfig", num_classes: int, learned: dict[str, PyTree]) 
     return Deployed(model, products_of(config, learned["variables"]), (inside, *rules_of(config)))
 
 
-def watch(oscillation: dict[str, OscillationState], codes: Codes) -> tuple[dict[str, OscillationState], Codes]:
+def watch(oscillation: OscillationState, codes: Codes) -> tuple[OscillationState, dict[str, Array]]:
     """Takes the codes after a step into account.
 
     Args:
-      oscillation: by path.
+      oscillation: of all codes, one behind the other.
       codes: by path.
 
     Returns:
-      The new states, and ``oscillating``, the share of weights that go back and forth, and ``flips``, the share whose
+      The new state, and ``oscillating``, the share of weights that go back and forth, and ``flips``, the share whose
       code changed in this step.
     """
-    new = {path: oscillation_update(oscillation[path], codes[path]) for path in oscillation}
-    sizes = {path: state.frequency.size for path, state in new.items()}
-    flips = sum(jnp.sum(new[path].codes != oscillation[path].codes) for path in new)
-    moving = sum(oscillating_fraction(new[path]) * sizes[path] for path in new)
-    total = sum(sizes.values())
-    return new, {"oscillating": jnp.asarray(moving) / total, "flips": jnp.asarray(flips) / total}
+    new = oscillation_update(oscillation, flat(codes))
+    flips = jnp.mean(new.codes != oscillation.codes)
+    return new, {"oscillating": oscillating_fraction(new), "flips": flips}
+
+
+def flat(codes: Codes) -> Array:
+    """All codes, one behind the other in the order of their paths."""
+    return jnp.concatenate([codes[path].ravel() for path in sorted(codes)])
 
 
 def quantized_training(
@@ -268,7 +270,7 @@ def first_state(
         weights = apply_weight_quant({"params": params}, steps, quantized.rules)
         _, found = quantized.model.apply(weights, images, mutable=["quant"])
     learned = {"variables": {"params": params, "quant": found["quant"]}, "steps": steps}
-    oscillation = {path: oscillation_init(codes) for path, codes in quantized.codes(learned).items()}
+    oscillation = oscillation_init(flat(quantized.codes(learned)))
     return QuantizedState(learned, optimizer.init(learned), oscillation, {"teacher": previous.variables})
 
 

@@ -1,0 +1,185 @@
+"""The launcher of post-training quantization at its smallest: what it writes, how it goes on, what it refuses."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import pathlib
+
+import jax
+import matplotlib.image
+import numpy as np
+import pytest
+
+from poise.launch import ptq, ptq_results
+from poise.launch.classifier import model_of
+from poise.launch.ptq import PTQConfig, with_its_network
+from poise.launch.ptq_methods import block_of, float_variables, round_network, tokens_of
+from poise.launch.ptq_results import integer_products
+from poise.launch.quantized_files import load_quantized
+from poise.quant import dequantize_tree
+
+spec = importlib.util.spec_from_file_location("tiny_launch", pathlib.Path(__file__).with_name("tiny_launch.py"))
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+TINY = ("--recipe=smoke", "--float_steps=3", "--seed=4")
+QUICK = ("--methods=rtn", "--bits=3", "--eval_images=40", "--timing_images=40", "--calibration_images=64")
+SMALL = PTQConfig(
+    patch_size=4, width=8, num_layers=1, steps=40, calibration_images=32, reconstruction_batch_size=16, methods="rtn"
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("ptq") / "run"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert ptq.main([f"--workdir={workdir}", *TINY]) == 0
+    return workdir, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network and its parameters, and images."""
+    model, images = model_of(SMALL, 10), jax.random.normal(jax.random.key(0), (32, 8, 8, 1))
+    params = jax.jit(model.init)(jax.random.key(1), images)["params"]
+    return model, params, images, jax.jit(model.apply)
+
+
+def test_what_a_run_leaves(finished):
+    workdir, printed = finished
+    assert [row["step"] for row in tiny.rows(workdir)] == [1, 2, 3]
+    report = json.loads((workdir / "report.json").read_text())
+    assert [(row["method"], row["bits"]) for row in report["rows"]] == [("float", 32), ("rtn", 3), ("flexround", 3)]
+    for row in report["rows"][1:]:
+        path = workdir / f"{row['method']}_3bit.safetensors"
+        assert row["bytes"] == path.stat().st_size
+        assert row["bytes"] < report["rows"][0]["bytes"]
+        assert 0 < row["logit_mse"] < 1
+        assert row["integer_logit_mse"] == pytest.approx(row["logit_mse"], rel=0.2)
+    assert len(report["rows"][2]["reconstruction_losses"]) == 1
+    assert matplotlib.image.imread(workdir / "ptq.png").std() > 0.05
+    assert [line.split()[:2] for line in printed.splitlines()[2:]] == [
+        ["float", "32"],
+        ["rtn", "3"],
+        ["flexround", "3"],
+    ]
+
+
+def test_more_may_be_added_and_what_is_there_is_not_done_again(finished, monkeypatch, capsys):
+    workdir, _ = finished
+    asked, figures = [], json.loads((workdir / "rows.json").read_text())["rtn_3bit"]
+    really = ptq_results.round_network
+
+    def counted(config, method, bits, *rest):
+        asked.append((method, bits))
+        return really(config, method, bits, *rest)
+
+    monkeypatch.setattr(ptq_results, "round_network", counted)
+    monkeypatch.setattr(ptq_results, "judge", lambda *arguments: figures)
+    before = (workdir / "rtn_3bit.safetensors").read_bytes()
+    (workdir / "rtn_3bit.safetensors").unlink()
+    assert ptq.main([f"--workdir={workdir}", *TINY, "--bits=3,5"]) == 0
+    assert asked == [("rtn", 3), ("rtn", 5), ("flexround", 5)]
+    assert (workdir / "rtn_3bit.safetensors").read_bytes() == before
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["float", "32"], ["rtn", "3"], ["flexround", "3"], ["rtn", "5"], ["flexround", "5"],
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_brings_data_and_network(finished, tmp_path):
+    workdir, _ = finished
+    config = PTQConfig(checkpoint=str(workdir), bits=(4,))
+    used = with_its_network(config)
+    assert (used.width, used.num_layers, used.patch_size, used.bits) == (16, 1, 4, (4,))
+    params = float_variables(workdir)["params"]
+    assert params["pos_embed"].shape == (1, 6, 16)
+    assert ptq.main([f"--workdir={tmp_path}/run", f"--checkpoint={workdir}", *QUICK]) == 0
+    one, two = (json.loads((d / "report.json").read_text())["rows"] for d in (workdir, tmp_path / "run"))
+    assert two[0]["accuracy"] == one[0]["accuracy"]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    again = load_quantized(tmp_path / "run" / "rtn_3bit.safetensors", dequantize=True)
+    first = load_quantized(workdir / "rtn_3bit.safetensors", dequantize=True)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(first), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.slow
+def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
+    flags = [flag for flag in TINY if "float_steps" not in flag] + ["--float_steps=60"]
+    tiny.launch("ptq", *flags, f"--workdir={tmp_path}/undisturbed")
+    stopped = tmp_path / "stopped"
+    tiny.stop_in_phase("float", "ptq", *flags, workdir=stopped)
+    tiny.launch("ptq", *flags, f"--workdir={stopped}")
+    assert tiny.final_bits(stopped) == tiny.final_bits(tmp_path / "undisturbed")
+    for name in ("rtn_3bit", "flexround_3bit"):
+        paths = [d / f"{name}.safetensors" for d in (stopped, tmp_path / "undisturbed")]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
+def test_the_chain_of_blocks_is_the_network(network):
+    model, params, images, _ = network
+    x = tokens_of(model, params, images)
+    for index in range(model.num_layers):
+        x = block_of(model.num_heads, model.mlp_ratio * model.width)(params[f"block_{index}"], x)
+    _, found = model.apply(
+        {"params": params},
+        images,
+        capture_intermediates=lambda module, _: module.name == "block_0",
+        mutable="intermediates",
+    )
+    np.testing.assert_allclose(x, found["intermediates"]["block_0"]["__call__"][0], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["adaround", "flexround", "nupes"])
+def test_reconstruction_comes_closer_than_rounding(network, method):
+    model, params, images, apply = network
+    target = apply({"params": params}, images)
+
+    def error(method):
+        rounded = round_network(SMALL, method, 3, model, params, images)
+        floats = dequantize_tree(rounded.params)
+        return float(np.mean((apply({"params": floats}, images) - target) ** 2)), rounded
+
+    learned, rounded = error(method)
+    assert len(rounded.losses) == 1
+    assert learned < error("rtn")[0]
+    if method == "nupes":  # its exponents must be known where integers are multiplied
+        whole = integer_products(model, rounded.params)(rounded.params.params, images)
+        assert float(np.mean((whole - target) ** 2)) < 2 * learned + 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        (
+            "--methods=rtn,flexroud",
+            "methods must be among rtn, adaround, flexround, nupes, got 'flexroud' (did you mean",
+        ),
+        ("--methods=rtn,rtn", "each once"),
+        ("--bits=1", "--bits must be at least 2 and at most 8, got '1'"),
+        ("--bits=2,2", "bits must have at least one entry, each once, got '2,2'"),
+        (
+            "--reconstruction_batch_size=300",
+            "reconstruction_batch_size must be at most calibration_images=256, got 300",
+        ),
+        ("--checkpoint=/no/such", "checkpoint must be the folder of a run of poise.launch.qat or poise.launch.ptq"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_written(flag, message, tmp_path, capsys):
+    try:
+        code = ptq.main([f"--workdir={tmp_path}/run", flag])
+    except SystemExit as end:
+        code = end.code
+    told = capsys.readouterr().err
+    assert code == 2
+    assert message in told
+    assert len(told.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_a_float_phase_is_refused(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"patch_size": 4}')
+    assert ptq.main([f"--workdir={tmp_path}/new", f"--checkpoint={tmp_path}/run"]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err
