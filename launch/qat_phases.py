@@ -24,7 +24,6 @@ from poise.launch.classifier import (
 )
 from poise.launch.phase import Phase
 from poise.nets import (
-    QKProductSelfAttention,
     QKReparamSelfAttention,
     VisionTransformer,
     activation_quantization,
@@ -156,30 +155,6 @@ def products_of(config: "QATConfig", variables: PyTree) -> PyTree:
         for name, block in variables["params"].items()
     }
     return {**variables, "params": params}
-
-
-class Deployed(NamedTuple):
-    """A trained network as it is exported.
-
-    Attributes:
-      model: the network.
-      variables: its float variables.
-      rules: how they are quantized, and the activations.
-    """
-
-    model: VisionTransformer
-    variables: PyTree
-    rules: tuple[QuantRule, ...]
-
-
-def deployed(config: "QATConfig", num_classes: int, learned: dict[str, PyTree]) -> Deployed:
-    """What is exported of a trained network: itself, or with QKR the one whose attention has the product's weights."""
-    if not config.qkr:
-        return Deployed(model_of(config, num_classes), learned["variables"], rules_of(config))
-    attention = functools.partial(QKProductSelfAttention, act_bits=config.act_bits)
-    inside = QuantRule("attention/.*kernel$", weight_bits=config.bits)  # the layer has quantizers of activations
-    model = model_of(config, num_classes, attention=attention)
-    return Deployed(model, products_of(config, learned["variables"]), (inside, *rules_of(config)))
 
 
 def watch(oscillation: OscillationState, codes: Codes) -> tuple[OscillationState, dict[str, Array]]:

@@ -5,7 +5,6 @@ import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 
@@ -20,11 +19,11 @@ from poise.launch.classifier import (
 )
 from poise.launch.files import atomic_path
 from poise.launch.loop import FitResult
-from poise.launch.qat_phases import QuantizedState, deployed, quantized_model
-from poise.launch.quantized_files import load_quantized, save_quantized
+from poise.launch.qat_export import FILE, deployed, export_classifier
+from poise.launch.qat_phases import QuantizedState, quantized_model
+from poise.launch.quantized_files import load_quantized
 from poise.launch.reports import read_rows, text_table, write_report
-from poise.nets import activation_quantization, integer_apply
-from poise.quant import QuantizedParams, export
+from poise.quant import QuantizedParams
 
 if TYPE_CHECKING:
     from poise.launch.qat import QATConfig
@@ -46,8 +45,7 @@ def write_results(config: "QATConfig", images: Images, result: FitResult, workdi
     """
     state: QuantizedState = result.state
     save_floats(workdir / "float.safetensors", state.frozen["teacher"]["params"])
-    out = deployed(config, images.num_classes, state.learned)
-    save_quantized(workdir / "model.safetensors", export(out.variables, state.learned["steps"], out.rules))
+    export_classifier(config, images.num_classes, state.learned, workdir)
     rows = judge(config, images, state, workdir)
     report = {
         "rows": rows,
@@ -65,21 +63,15 @@ def write_results(config: "QATConfig", images: Images, result: FitResult, workdi
 
 def judge(config: "QATConfig", images: Images, state: QuantizedState, workdir: pathlib.Path) -> list[dict[str, Any]]:
     """Accuracy, error of the logits, size and speed: in float, with quantizers, and as integers from the file."""
-    out = deployed(config, images.num_classes, state.learned)
-    stored = load_quantized(workdir / "model.safetensors")
+    stored = load_quantized(workdir / FILE)
     assert isinstance(stored, QuantizedParams)
-
-    def integers(variables: Any, x: Any) -> Any:
-        with nn.intercept_methods(activation_quantization(out.rules)):
-            return integer_apply(out.model, variables, x)
-
     teacher, name = state.frozen["teacher"], f"{config.method}{'+qkr' if config.qkr else ''}"
     float_model, trained = model_of(config, images.num_classes), quantized_model(config, images.num_classes)
-    few, files = config.bits, (workdir / "float.safetensors", None, workdir / "model.safetensors")
+    few, files = config.bits, (workdir / "float.safetensors", None, workdir / FILE)
     kinds: list[tuple[str, int, Callable[..., Any], Any]] = [
         ("float", 32, float_model.apply, teacher),
         (f"{name}, quantizers", few, trained.forward, state.learned),
-        (f"{name}, integers", few, integers, stored.params),
+        (f"{name}, integers", few, deployed(config, images.num_classes).forward, stored.params),
     ]
     rows, target = [], None
     for (kind, bits, apply, variables), path in zip(kinds, files, strict=True):

@@ -5,6 +5,7 @@ import importlib.util
 import io
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 
 from poise.launch import qat
-from poise.launch.classifier import accuracy_of, logits_of, model_of, squared_error
+from poise.launch.classifier import accuracy_of, logits_of, model_of, open_classes, squared_error
 from poise.launch.qat import QATConfig
-from poise.launch.qat_phases import annealed, deployed, first_state, flat, quantized_model, rules_of, watch
+from poise.launch.qat_export import deployed, load_classifier
+from poise.launch.qat_phases import annealed, first_state, flat, products_of, quantized_model, rules_of, watch
 from poise.launch.qat_results import table
 from poise.launch.quantized_files import load_quantized
 from poise.nets import QKProductSelfAttention, QKReparamSelfAttention
@@ -76,6 +78,20 @@ def test_the_file_holds_the_codes_that_were_trained(finished):
     assert max(np.size(leaf) for leaf in floats) < 128  # no weight is left
 
 
+def test_the_file_and_the_configuration_are_a_classifier(finished):
+    """The example of docs/guides/quantization.md."""
+    workdir, _ = finished
+    report = json.loads((workdir / "report.json").read_text())
+    images = open_classes(QATConfig(patch_size=4, eval_images=40), workdir / "data")
+    logits = load_classifier(workdir)(jnp.asarray(images.images))
+    assert accuracy_of(np.asarray(logits), images.labels) == report["rows"][2]["accuracy"]
+    code = [block for block in blocks("quantization.md") if "load_classifier" in block]
+    assert len(code) == 1
+    scope = {}
+    exec(code[0].replace("runs/qat", str(workdir)), scope)
+    assert scope["predicted"].shape == (500,)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["qat", "cga"])
 def test_a_stopped_run_ends_with_the_same_bits(finished, phase, tmp_path):
@@ -96,6 +112,11 @@ def test_eight_devices_under_pmap_give_what_one_gives(finished, tmp_path):
     assert qat.main([f"--workdir={tmp_path}/run", *TINY, "--parallel=pmap"]) == 0
     for one, eight in zip(tiny.rows(finished[0]), tiny.rows(tmp_path / "run"), strict=True):
         assert eight["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def blocks(guide):
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "guides" / guide).read_text()
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +142,7 @@ def test_with_qkr_the_product_is_exported(start):
     config = QATConfig(patch_size=4, width=8, num_layers=1, qkr=True, bits=4)
     quantized, state = begun(config, start)
     assert quantized.model.attention.func is QKReparamSelfAttention
-    out = deployed(config, 10, state.learned)
+    out, variables = deployed(config, 10), products_of(config, state.learned["variables"])
     assert out.model.attention.func is QKProductSelfAttention
     codes = quantized.codes(state.learned)
     assert set(codes) == {
@@ -129,7 +150,7 @@ def test_with_qkr_the_product_is_exported(start):
         for name in ("attention/product", "attention/value", "attention/proj", "fc1", "fc2")
     }
     assert codes["params/block_0/attention/product/kernel"].shape == (8, 16)
-    stored = export(out.variables, state.learned["steps"], out.rules)
+    stored = export(variables, state.learned["steps"], out.rules)
     kernel = stored.params["params"]["block_0"]["attention"]["product"]["kernel"]
     np.testing.assert_array_equal(tensor_codes(kernel), codes["params/block_0/attention/product/kernel"])
 
@@ -139,7 +160,7 @@ def test_with_qkr_the_product_is_exported(start):
 
     @jax.jit
     def both(learned, images):
-        fake = apply_weight_quant(out.variables, learned["steps"], out.rules)
+        fake = apply_weight_quant(variables, learned["steps"], out.rules)
         with nn.intercept_methods(activation_quantization(out.rules)):
             exported = out.model.apply(fake, images)
         return quantized.forward(learned, images), exported
