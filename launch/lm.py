@@ -50,7 +50,7 @@ class LanguageModelConfig:
     num_heads: int = field(2, "attention heads", minimum=1)
     width: int = field(64, "width of the residual stream, an even multiple of num_heads", minimum=2)
     mlp_ratio: int = field(4, "hidden width of the MLPs over the width", minimum=1)
-    rope_base: float = field(20.0, "base of the rotary positions; small ones extrapolate", exclusive_minimum=0.0)
+    rope_base: float = field(5.0, "base of the rotary positions; small ones extrapolate", exclusive_minimum=0.0)
     precision: str = field("float32", "what the network computes in", choices=("float32", "bfloat16"))
 
     length: int = field(64, "tokens predicted per training window", minimum=4)
