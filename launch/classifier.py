@@ -4,7 +4,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -142,9 +142,9 @@ def classifier(
         del key  # nothing is drawn
 
         def loss_fn(variables: PyTree) -> tuple[Array, Array]:
-            heads = model.apply(variables, batch["image"], train=True)
-            right = (heads[0] + heads[1]).argmax(-1) == batch["label"]
-            return sum(cross_entropy(head, batch["label"]) for head in heads) / 2, right.mean()
+            head, distilled = cast(tuple[Array, Array], model.apply(variables, batch["image"], train=True))
+            right = (head + distilled).argmax(-1) == batch["label"]
+            return (cross_entropy(head, batch["label"]) + cross_entropy(distilled, batch["label"])) / 2, right.mean()
 
         (loss, accuracy), grads = mean_over(axis_name, jax.value_and_grad(loss_fn, has_aux=True)(state.variables))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.variables)
@@ -206,9 +206,9 @@ def milliseconds(forward: Callable[[np.ndarray], Array], images: np.ndarray, num
 
 def save_floats(path: pathlib.Path, params: PyTree) -> None:
     """Writes float parameters as safetensors, arrays by path, whole or not at all."""
-    import flax
+    from flax import traverse_util
     from safetensors.numpy import save_file
 
-    flat = flax.traverse_util.flatten_dict(params, sep="/")
+    flat = traverse_util.flatten_dict(params, sep="/")
     with atomic_path(path) as temporary:
         save_file({name: np.ascontiguousarray(jax.device_get(leaf)) for name, leaf in flat.items()}, temporary)

@@ -97,7 +97,7 @@ def load_classifier(workdir: str | os.PathLike[str]) -> Callable[[Any], Array]:
     stored = load_quantized(folder / FILE)
     assert isinstance(stored, QuantizedParams)
     found = read_config(str(folder))
-    config = QATConfig(**{name: tuple(value) if isinstance(value, list) else value for name, value in found.items()})
+    config = QATConfig(**found)
     network = deployed(config, stored.params["params"]["head"]["bias"].shape[0])
     jitted = jax.jit(network.forward)
     return lambda images: jitted(stored.params, images)

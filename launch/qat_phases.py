@@ -2,13 +2,13 @@
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jaxtyping import Array, PyTree
 
 from poise.core import Algorithm, mean_over
@@ -141,7 +141,8 @@ def codes_of(config: "QATConfig", learned: dict[str, PyTree], rules: tuple[Quant
             step, half = jnp.maximum(learned["steps"][path]["step"], LEAST_STEP), 2 ** (config.bits - 1)
             found[path] = jnp.round(jnp.clip(divide(weight, step), -half, half - 1)).astype(jnp.int8)
     if config.qkr:
-        for path, layer in flax.traverse_util.flatten_dict(products_of(config, learned["variables"])["params"]).items():
+        params: Any = traverse_util.flatten_dict(products_of(config, learned["variables"])["params"])
+        for path, layer in params.items():
             if "attention" in path and path[-1] == "kernel":
                 found["/".join(("params", *path))] = statsq_codes(layer, bits=config.bits, axis=0)[0]
     return found
@@ -207,7 +208,7 @@ def quantized_training(
 
     def step(state: QuantizedState, batch: dict[str, Array], key: Array) -> tuple[QuantizedState, dict[str, Array]]:
         del key  # nothing is drawn
-        soft = jax.nn.softmax(teacher.apply(state.frozen["teacher"], batch["image"]))
+        soft = jax.nn.softmax(cast(Array, teacher.apply(state.frozen["teacher"], batch["image"])))
 
         def loss_fn(learned: dict[str, PyTree]) -> tuple[Array, dict[str, Array]]:
             head, distilled = quantized.forward(learned, batch["image"], train=True)
@@ -221,7 +222,7 @@ def quantized_training(
         if axis_name is not None:
             grads = as_of_whole_batch(grads, axis_name)
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.learned)
-        learned = optax.apply_updates(state.learned, updates)
+        learned: Any = optax.apply_updates(state.learned, updates)
         oscillation, moves = watch(state.oscillation, quantized.codes(learned))
         new = QuantizedState(learned, optimizer_state, oscillation, state.frozen)
         return new, {"loss": loss, **metrics, "grad_norm": optax.tree.norm(grads), **moves}
