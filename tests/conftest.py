@@ -10,7 +10,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Most tests run a program once or twice: optimizing it takes longer than what that saves. The second flag is gone from
 # jaxlib 0.11 on, and XLA aborts at flags that it doesn't know.
-QUICK = " --xla_backend_optimization_level=0"
+QUICK = " --xla_backend_optimization_level=1"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 
@@ -18,8 +18,8 @@ GOLDEN = pathlib.Path(os.environ.get("POISE_GOLDEN", pathlib.Path(__file__).pare
 
 
 def pytest_configure(config):
-    """Quick tests compile quickly; the others train for long and want fast programs."""
-    if config.option.markexpr not in ("slow", "effects"):
+    """The quick tier compiles quickly; other tests train for long, or are run alone and as users' programs are."""
+    if config.option.markexpr == "not slow and not effects":
         os.environ["XLA_FLAGS"] += QUICK
 
 
