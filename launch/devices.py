@@ -67,12 +67,12 @@ class Placement:
         self.platform = chosen[0].platform
         self.replicated = NamedSharding(self.mesh, PartitionSpec())
         self.specs = LeafSpecs(sizes, rules)
-        self._batch_axes = tuple(axis for axis in (DATA, FSDP) if axis in sizes)
+        self._batch_axes = [axis for axis in (DATA, FSDP) if axis in sizes]
         self.batch_shards = math.prod(sizes[axis] for axis in self._batch_axes)
 
     def batch_sharding(self, batch_axis: int) -> NamedSharding:
         """How the leaves of a batch lie: split along one axis."""
-        axes = self._batch_axes if len(self._batch_axes) > 1 else self._batch_axes[0]
+        axes = tuple(self._batch_axes) if len(self._batch_axes) > 1 else self._batch_axes[0]
         return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, axes))
 
     def leaf_shardings(self, layout: Layout) -> tuple[tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:

@@ -81,7 +81,7 @@ def token_losses(
     model: Transformer, params: PyTree, tokens: Int[Array, "batch places"]
 ) -> Float[Array, "batch length"]:
     """The cross-entropy of every token but the first, in nats."""
-    logits = model.apply({"params": params}, tokens[:, :-1])
+    logits: Any = model.apply({"params": params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 

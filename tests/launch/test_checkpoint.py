@@ -344,11 +344,11 @@ def test_other_runs_checkpoints_are_refused_and_stay(run):
     with pytest.raises(CheckpointError, match=r"00_teacher holds a phase that this run has not .*professor, student"):
         restore(run, phases=[("professor", 10), ("student", 20)])
     other = make(0)._replace(params={"linear/w": jnp.zeros((4, 4)), "b": jnp.zeros(3, jnp.bfloat16)})
+    changed = [LAYOUTS[0], Layout(other)]
     with pytest.raises(CheckpointError, match=r"params/linear/w is float32\[4, 3\] there and float32\[4, 4\] now"):
-        changed = [LAYOUTS[0], Layout(other)]
         store(run).restore_newest(changed, shardings(changed))
+    changed = [LAYOUTS[0], Layout(make(0)._replace(key=()))]
     with pytest.raises(CheckpointError, match=r"key is key<fry>\[2\] there and not there now"):
-        changed = [LAYOUTS[0], Layout(make(0)._replace(key=()))]
         store(run).restore_newest(changed, shardings(changed))
     assert files(run) == before
     assert restore(run, phases=[("teacher", 10), ("student", 500)]) == (1, 15)
