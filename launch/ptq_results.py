@@ -23,7 +23,7 @@ from poise.launch.ptq_methods import round_network
 from poise.launch.quantized_files import load_quantized, save_quantized
 from poise.launch.reports import text_table, write_report
 from poise.nets import VisionTransformer, integer_apply
-from poise.quant import QuantizedParams, dequantize_tree, is_quantized
+from poise.quant import QuantizedParams, dequantize_tree
 
 if TYPE_CHECKING:
     from poise.launch.ptq import PTQConfig
@@ -110,7 +110,7 @@ def judge(
     assert isinstance(stored, QuantizedParams)
     floats = {"params": dequantize_tree(stored)}
     logits = logits_of(lambda x: apply(floats, x), images.images)
-    products = integer_products(model, stored)
+    products = integer_products(model)
 
     def integers(x: Any) -> Any:
         return products(stored.params, x)
@@ -126,18 +126,9 @@ def judge(
     }
 
 
-def integer_products(model: VisionTransformer, stored: QuantizedParams) -> Callable[[PyTree, Any], Any]:
-    """``(params, images) -> logits``, compiled, in integer products; exponents, which make tables, are constants."""
-
-    def known(traced: Any, tensor: Any) -> Any:
-        return dataclasses.replace(traced, exponent=tensor.exponent) if is_quantized(tensor) else traced
-
-    @jax.jit
-    def forward(params: PyTree, images: Any) -> Any:
-        params = jax.tree.map(known, params, stored.params, is_leaf=is_quantized)
-        return integer_apply(model, {"params": params}, images)
-
-    return forward
+def integer_products(model: VisionTransformer) -> Callable[[PyTree, Any], Any]:
+    """``(params, images) -> logits``, compiled, in integer products."""
+    return jax.jit(lambda params, images: integer_apply(model, {"params": params}, images))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

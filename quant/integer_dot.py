@@ -1,22 +1,18 @@
 """Products of int8 codes with int32 sums: dense and convolutional layers whose weights are integers."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from poise.core.arguments import is_concrete
 from poise.core.arrays import at_least_float32
 from poise.quant.checks import as_floats, check_bits
 from poise.quant.power import power_decode_table, power_levels
 from poise.quant.qparams import absmax_scale
 from poise.quant.quantized_tensor import QuantizedTensor, tensor_codes
 from poise.quant.uniform import quantize
-
-MAX_TERMS = 2**31 // 128**2 - 1  # as many products of two int8 as an int32 surely holds
 
 
 def integer_weights(tensor: QuantizedTensor) -> tuple[Int[Array, "..."], Float[Array, "..."], Array | None]:
@@ -26,13 +22,13 @@ def integer_weights(tensor: QuantizedTensor) -> tuple[Int[Array, "..."], Float[A
     which is exact for $a = 1/2$ at up to 4 bits and within half of $m/127$ else.
 
     Args:
-      tensor: a quantized tensor. ``half_integer`` needs at most 7 bits, ``power`` an exponent that is not traced.
+      tensor: a quantized tensor. ``half_integer`` needs at most 7 bits, ``power`` a single exponent.
 
     Returns:
       int8 codes of the array's shape, the scale, and the zero point or None.
 
     Raises:
-      ValueError: if the codes would not fit in int8, or the exponent is traced or not a single one.
+      ValueError: if the codes would not fit in int8, or the exponent is not a single one.
 
     Example:
       >>> import jax.numpy as jnp
@@ -47,12 +43,11 @@ def integer_weights(tensor: QuantizedTensor) -> tuple[Int[Array, "..."], Float[A
             raise ValueError(f"bits must be at most 7 for integer products of half-integer codes, got {tensor.bits}")
         return 2 * codes + jnp.int8(1), tensor.scale, None
     if tensor.scheme == "power":
-        if not is_concrete(tensor.exponent) or np.size(tensor.exponent) != 1:
-            raise ValueError("exponent must be one number that is known when the function is traced")
-        exponent = float(np.asarray(tensor.exponent).reshape(()))
-        table = power_decode_table(exponent, tensor.bits)
-        factors = jnp.asarray(table)[codes.astype(jnp.int32) + power_levels(tensor.bits) + 1]
-        return factors, tensor.scale / float(table.max()), None
+        if np.size(tensor.exponent) != 1:
+            raise ValueError(f"exponent must be one number, got shape {np.shape(tensor.exponent)}")
+        table = power_decode_table(jnp.reshape(tensor.exponent, ()), tensor.bits)
+        factors = table[codes.astype(jnp.int32) + power_levels(tensor.bits) + 1]
+        return factors, tensor.scale / table[-1].astype(tensor.scale.dtype), None
     return codes, tensor.scale, tensor.zero_point
 
 
@@ -120,8 +115,8 @@ def int8_dot(
       ``[..., features]`` in the dtype of ``x``.
 
     Raises:
-      ValueError: if the shapes don't fit, ``x`` holds no floats, or there are more than 131 071 inputs (in one group),
-        whose sum int32 may not hold.
+      ValueError: if the shapes don't fit, ``x`` holds no floats, or there are more inputs (in one group) than int32
+        surely holds the sum of: 131 071 without zero points, 65 793 with one on either side, 33 025 with both.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -138,7 +133,7 @@ def int8_dot(
     codes, x_scale = quantize_activations(x, -1, scale, zero_point)
     inputs, features = weight.shape
     groups = w_scale.shape[0] if w_scale.ndim else 1
-    check_terms(inputs // groups)
+    check_terms(inputs // groups, term_limit(zero_point is not None, w_zero is not None))
     codes = codes.reshape(*codes.shape[:-1], groups, inputs // groups)
     factors = factors.reshape(groups, inputs // groups, features)
     # Contract within groups, which are a batch: [groups, ..., features].
@@ -150,8 +145,8 @@ def int8_dot(
     )
     sums = jnp.moveaxis(sums, 0, -2)
     x_zero = None if zero_point is None else jnp.asarray(zero_point, jnp.int32)
-    w_zero = None if w_zero is None else jnp.broadcast_to(w_zero.astype(jnp.int32), (groups, w_zero.shape[-1]))
     if w_zero is not None:
+        w_zero = jnp.broadcast_to(w_zero.astype(jnp.int32), (groups, w_zero.shape[-1] if w_zero.ndim else 1))
         sums = sums - w_zero * jnp.sum(codes, -1, dtype=jnp.int32)[..., None]
     if x_zero is not None:
         sums = sums - x_zero * jnp.sum(factors, 1, dtype=jnp.int32)
@@ -190,7 +185,8 @@ def int8_conv(
       ``[batch, ..., features]`` in the dtype of ``x``.
 
     Raises:
-      ValueError: if shapes don't fit, the kernel has scales for anything but features, or a sum has too many terms.
+      ValueError: if shapes don't fit, the kernel has scales for anything but features, or a sum has more terms than
+        int32 surely holds: 131 071, or 65 793 if the kernel has a zero point.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -210,7 +206,7 @@ def int8_conv(
     if any(size != 1 for size in w_scale.shape[:-1]):
         raise ValueError(f"weight must have one scale or one for each feature, got shape {w_scale.shape}")
     terms = int(np.prod(weight.shape[:-1]))
-    check_terms(terms)
+    check_terms(terms, term_limit(False, w_zero is not None))
     codes, x_scale = quantize_activations(x, tuple(range(1, x.ndim)), scale)
     strides = (1,) * (x.ndim - 2) if strides is None else strides
     letters = "".join(chr(ord("a") + axis) for axis in range(x.ndim - 2))
@@ -266,7 +262,7 @@ def int8_dot_general(weight_bits: int = 8) -> Callable[..., Array]:
     def dot_general(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None, out_sharding=None):
         del precision, out_sharding
         (left, right), (left_batch, right_batch) = dimension_numbers
-        check_terms(int(np.prod([lhs.shape[axis] for axis in left])))
+        check_terms(int(np.prod([lhs.shape[axis] for axis in left])), term_limit())
         dtype = preferred_element_type or jnp.result_type(lhs, rhs)
         sides = []
         for side, axes, bits in ((lhs, left, 8), (rhs, right, weight_bits)):
@@ -281,16 +277,28 @@ def int8_dot_general(weight_bits: int = 8) -> Callable[..., Array]:
     return dot_general
 
 
-def check_terms(terms: Any) -> None:
-    """Raises a ValueError if a sum of so many products of two int8 may not fit in int32.
+def term_limit(left_zero: bool = False, right_zero: bool = False) -> int:
+    r"""How many products of two int8, each perhaps less a zero point, have a sum that int32 surely holds.
+
+    A factor is at most 128 in magnitude, less a zero point at most 255.
 
     Example:
-      >>> from poise.quant.integer_dot import check_terms
-      >>> check_terms(131_072)
+      >>> from poise.quant.integer_dot import term_limit
+      >>> term_limit(), term_limit(False, True), term_limit(True, True)
+      (131071, 65793, 33025)
+    """
+    left, right = (255 if zero else 128 for zero in (left_zero, right_zero))
+    return (2**31 - 1) // (left * right)
+
+
+def check_terms(terms: int, limit: int) -> None:
+    """Raises a ValueError if a sum has more terms than :func:`term_limit` allows.
+
+    Example:
+      >>> from poise.quant.integer_dot import check_terms, term_limit
+      >>> check_terms(131_072, term_limit())
       Traceback (most recent call last):
       ValueError: a sum must have at most 131071 terms to fit in int32, got 131072: split it or use groups
     """
-    if terms > MAX_TERMS:
-        raise ValueError(
-            f"a sum must have at most {MAX_TERMS} terms to fit in int32, got {terms}: split it or use groups"
-        )
+    if terms > limit:
+        raise ValueError(f"a sum must have at most {limit} terms to fit in int32, got {terms}: split it or use groups")

@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Integer, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int8, Integer, PyTree
 
 from poise.core.arguments import check_range
 from poise.core.arrays import at_least_float32
@@ -168,7 +167,7 @@ def power_fake_quantize(w: Float[Array, "..."], a: ArrayLike, *, bits: int, axis
     return power_dequantize(codes, scale, a, bits=bits)
 
 
-def power_decode_table(a: float | int, bits: int) -> np.ndarray:
+def power_decode_table(a: ArrayLike, bits: int) -> Int8[Array, "codes"]:
     r"""Power codes as integers for an int8 product: entry $c + 2^{b-1}$ is the decoded value of the code $c$.
 
     For $a = 1/2$ and at most 4 bits the entries are $\mathrm{sign}(c)\,c^2$, which is exact: the value is the entry
@@ -176,7 +175,7 @@ def power_decode_table(a: float | int, bits: int) -> np.ndarray:
     $m$ over the largest.
 
     Args:
-      a: the exponent, a number known now.
+      a: the exponent, one number.
       bits: from 2 to 8.
 
     Returns:
@@ -192,9 +191,10 @@ def power_decode_table(a: float | int, bits: int) -> np.ndarray:
     """
     check_exponent(a)
     levels = power_levels(bits)
-    code = np.maximum(np.arange(-levels - 1, levels + 1), -levels)
-    top = levels**2 if a == 0.5 and levels**2 <= 127 else 127
-    return (np.sign(code) * np.round(top * (np.abs(code) / levels) ** (1 / float(a)))).astype(np.int8)
+    a = at_least_float32(a)
+    code = jnp.maximum(jnp.arange(-levels - 1, levels + 1), -levels)
+    top = jnp.where((a == 0.5) & (levels**2 <= 127), levels**2, 127).astype(a.dtype)
+    return (jnp.sign(code) * jnp.round(top * (jnp.abs(code) / a.dtype.type(levels)) ** (1 / a))).astype(jnp.int8)
 
 
 def power_bennett_mse(u: Float[Array, "..."], a: ArrayLike) -> Float[Array, ""]:

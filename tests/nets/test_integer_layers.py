@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from poise.nets import activation_scales, integer_apply
-from poise.quant import QuantRule, absmax_scale, dequantize_tree, export, fake_quantize
+from poise.quant import QuantRule, absmax_scale, dequantize_tree, export, fake_quantize, quantized_tensor
 
 
 def draw(shape, seed=0):
@@ -61,6 +61,26 @@ def test_integers_are_the_model_with_fake_quantized_activations(setting, quick_j
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-5 * float(jnp.abs(expected).max()))
     plain = quick_jit(model.apply)({"params": params}, x)
     assert 0 < float(jnp.abs(got - plain).max()) < 0.05 * float(jnp.abs(plain).max())
+
+
+def test_exponents_may_be_traced(quick_jit):
+    model, x = nn.Sequential([nn.Dense(6), nn.relu, nn.DenseGeneral((2, 2))]), draw((3, 8))
+    params = jax.jit(model.init)(jax.random.key(0), x)["params"]
+    rules = [QuantRule("layers_0", weight_bits=4, method="power"), QuantRule("kernel", weight_bits=6, method="power")]
+    exponents = {"layers_0/kernel": {"exponent": jnp.float32(0.5)}, "layers_2/kernel": {"exponent": jnp.float32(0.7)}}
+    quantized = export(params, exponents, rules)
+    expected = integer_apply(model, quantized, x)
+    got = quick_jit(lambda q, x: integer_apply(model, q, x))(quantized, x)
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_general_dense_layers_take_scalar_zero_points():
+    model, x = nn.DenseGeneral((2, 3), use_bias=False), draw((4, 8))
+    codes = jnp.round(4 * draw((8, 2, 3), 1)).clip(-8, 7).astype(jnp.int8)
+    scalars = quantized_tensor(codes, jnp.float32(0.2), jnp.int8(3), bits=4)
+    ones = quantized_tensor(codes, jnp.full((1, 1, 1), 0.2), jnp.full((1, 1, 1), 3), bits=4)
+    expected = integer_apply(model, {"params": {"kernel": ones}}, x)
+    np.testing.assert_allclose(integer_apply(model, {"params": {"kernel": scalars}}, x), expected, rtol=1e-6)
 
 
 def test_every_product_with_a_kernel_is_an_integer_one(setting):

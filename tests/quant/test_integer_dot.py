@@ -1,3 +1,5 @@
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +19,9 @@ from poise.quant import (
     quantized_tensor,
     tensor_codes,
 )
-from poise.quant.integer_dot import MAX_TERMS
+from poise.quant.integer_dot import term_limit
+
+MAX_TERMS = term_limit()
 
 
 def draw(shape, seed=0):
@@ -62,6 +66,9 @@ WEIGHTS = {
     "one scale": lambda w: symmetric(w, 4, None),
     "asymmetric": lambda w: asymmetric(w, 8, 0),
     "asymmetric, one scale": lambda w: asymmetric(w, 3, None),
+    "asymmetric, scalars": lambda w: quantized_tensor(
+        quantize(w, 0.4, -2, bits=4), jnp.float32(0.4), jnp.int8(-2), bits=4
+    ),
     "groups": lambda w: quantized_tensor(
         quantize(w.reshape(3, 8, -1), jnp.full((3, 1, 1), 0.02), bits=8).reshape(w.shape),
         jnp.broadcast_to(jnp.array([[0.02], [0.03], [0.01]]), (3, w.shape[1])),
@@ -82,15 +89,14 @@ WEIGHTS = {
 @pytest.mark.parametrize(
     ("kind", "fixed"),
     [(kind, {}) for kind in WEIGHTS]
-    + [(kind, {"scale": 0.02, "zero_point": -11}) for kind in ("asymmetric", "groups with a zero point")],
+    + [
+        (kind, {"scale": 0.02, "zero_point": -11})
+        for kind in ("asymmetric", "asymmetric, scalars", "groups with a zero point")
+    ],
 )
 def test_dense_products_are_exact(kind, fixed):
     x, weight = draw((2, 5, 24)), WEIGHTS[kind](draw((24, 10), 1))
-    got = (
-        jax.jit(lambda x, weight: int8_dot(x, weight, **fixed))(x, weight)
-        if kind != "square root"
-        else int8_dot(x, weight, **fixed)
-    )
+    got = jax.jit(lambda x, weight: int8_dot(x, weight, **fixed))(x, weight)
     expected = reference(x, weight, **fixed)
     np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
@@ -170,10 +176,48 @@ def test_what_does_not_fit_is_refused():
     }.items():
         with pytest.raises(ValueError, match=message):
             call()
+    two = dataclasses.replace(WEIGHTS["square root"](draw((24, 10))), exponent=jnp.array([0.5, 0.6]))
     with pytest.raises(ValueError, match="exponent must be one number"):
-        jax.jit(int8_dot)(draw((2, 24)), WEIGHTS["square root"](draw((24, 10))))
+        int8_dot(draw((2, 24)), two)
 
 
-def test_one_more_term_than_allowed_may_overflow():
-    products = 128 * 128 * np.array([MAX_TERMS, MAX_TERMS + 1], np.int64)
-    assert products[0] < 2**31 <= products[1]
+@pytest.mark.parametrize(
+    ("x_zero", "w_zero", "limit"), [(False, False, 131071), (False, True, 65793), (True, True, 33025)]
+)
+def test_one_more_term_than_allowed_may_overflow(x_zero, w_zero, limit):
+    assert term_limit(x_zero, w_zero) == term_limit(w_zero, x_zero) == limit
+    largest = (255 if x_zero else 128) * (255 if w_zero else 128)
+    assert largest * limit < 2**31 <= largest * (limit + 1)
+
+
+@pytest.mark.parametrize("x_zero", [None, -128])
+def test_the_longest_sums_with_zero_points_are_exact_and_longer_ones_are_refused(x_zero):
+    terms = term_limit(x_zero is not None, True)
+    code = -128 if x_zero is None else 127
+    fixed = {"scale": 1.0, "zero_point": x_zero}
+
+    def largest(terms):
+        weight = quantized_tensor(
+            jnp.full((terms, 1), 127, jnp.int8), jnp.ones((1, 1)), jnp.full((1, 1), -128, jnp.int8), bits=8
+        )
+        return int8_dot(jnp.full((1, terms), code - (x_zero or 0), jnp.float32), weight, **fixed)
+
+    np.testing.assert_allclose(largest(terms), (code - (x_zero or 0)) * 255.0 * terms, rtol=1e-6)
+    with pytest.raises(ValueError, match=f"at most {terms} terms"):
+        largest(120_000)
+
+
+def test_long_kernels_of_convolutions_with_zero_points_are_refused():
+    shape = (term_limit(False, True) + 1, 1, 1)
+    scale, zero = jnp.ones((1, 1, 1)), jnp.zeros((1, 1, 1), jnp.int8)
+    codes = jnp.ones(shape, jnp.int8)
+    with pytest.raises(ValueError, match="at most 65793 terms"):
+        int8_conv(jnp.ones((1, 2, 1)), quantized_tensor(codes, scale, zero, bits=8))
+
+
+def test_convolutions_take_scalar_zero_points():
+    x, w = draw((2, 6, 3)), draw((3, 3, 4), 1)
+    codes = quantize(w, 0.4, -2, bits=4)
+    scalars = quantized_tensor(codes, jnp.float32(0.4), jnp.int8(-2), bits=4)
+    ones = quantized_tensor(codes, jnp.full((1, 1, 1), 0.4), jnp.full((1, 1, 1), -2), bits=4)
+    np.testing.assert_array_equal(int8_conv(x, scalars), int8_conv(x, ones))

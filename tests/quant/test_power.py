@@ -123,6 +123,8 @@ def test_decode_tables():
         assert table.dtype == np.int8
         assert table.max() == 127
         np.testing.assert_allclose(table[1:] / 127, value, atol=0.5 / 127 + 1e-6)
+        np.testing.assert_array_equal(jax.jit(power_decode_table, static_argnums=1)(a, 5), table)
+    np.testing.assert_array_equal(jax.jit(power_decode_table, static_argnums=1)(0.5, 4)[8:], np.arange(8) ** 2)
 
 
 def test_gradients_are_finite_at_zero_codes():
