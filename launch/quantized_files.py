@@ -13,10 +13,11 @@ from jaxtyping import PyTree
 
 from poise.launch.files import atomic_path
 from poise.quant import QuantizedParams, QuantizedTensor, dequantize_tree
-from poise.quant.export import FORMAT, VERSION, describe
+from poise.quant.export import FORMAT, VERSION
+from poise.quant.quantized_tensor import check_tensor
 
 _FIELDS = ("codes", "scale", "zero_point", "exponent")
-_META = ("bits", "packed_axis", "scheme", "dtype")
+_META = {"bits": int, "packed_axis": int, "scheme": str, "dtype": str}
 
 
 def save_quantized(path: str | os.PathLike, quantized: QuantizedParams) -> None:
@@ -93,7 +94,9 @@ def load_quantized(path: str | os.PathLike, *, dequantize: bool = False) -> Quan
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
     try:
         header = json.loads(metadata["quantized"])
-        version, tensors = header["version"], header["tensors"]
+        version, tensors = header["version"], _typed("tensors", header["tensors"], dict)
+        for name, description in tensors.items():
+            _typed(name, description, dict)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} has a header that can't be read: {error}") from error
     if version != VERSION:
@@ -110,17 +113,26 @@ def _tensor(file: pathlib.Path, name: str, description: dict[str, Any], flat: di
     if parts["codes"] is None or parts["scale"] is None:
         raise ValueError(f"{file} lacks the codes or the scale of {name}")
     try:
-        axis = description["packed_axis"]
-        tensor = QuantizedTensor(
-            **parts, length=description["shape"][axis], **{field: description[field] for field in _META}
-        )
-        found = describe(tensor)
-        fits = all(found[field] == description[field] for field in found)
+        for field, kind in _META.items():
+            _typed(field, description[field], kind)
+        axis, shape = description["packed_axis"], _typed("shape", description["shape"], list)
+        length = _typed("shape's entries", shape[axis], int)
+        tensor = QuantizedTensor(**parts, length=length, **{field: description[field] for field in _META})
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError(f"{file} has a header that doesn't describe {name}: {error!r}") from error
-    if not fits:
-        raise ValueError(f"{file} has arrays for {name} that don't fit its header: shape {found['shape']}")
+    try:
+        check_tensor(tensor)
+    except ValueError as error:
+        raise ValueError(f"{file} has arrays for {name} that don't fit its header: {error}") from error
+    if list(tensor.shape) != shape:
+        raise ValueError(f"{file} has arrays for {name} that don't fit its header: shape {list(tensor.shape)}")
     return tensor
+
+
+def _typed(name: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:  # a boolean is no whole number
+        raise TypeError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    return value
 
 
 def _check_keys(tree: Any) -> None:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from poise.core.arguments import check_choice, concrete
+from poise.core.arguments import check_choice, check_range, concrete
 from poise.core.arrays import at_least_float32
 from poise.quant.checks import check_bits, code_range
-from poise.quant.packing import pack_bits, storage_bits, unpack_bits
+from poise.quant.packing import pack_bits, packed_length, storage_bits, unpack_bits
 from poise.quant.power import power_dequantize
 
 SCHEMES = ("uniform", "half_integer", "power")
@@ -117,7 +117,8 @@ def quantized_tensor(
 
     Raises:
       ValueError: if the codes are no integers, the scale is not floating, codes or zero points don't fit, shapes don't
-        belong together, the scale is negative or not finite, or the exponent is missing or too much.
+        belong together, the scale is negative or not finite, the exponent is missing, too much or not positive, or
+        ``dtype`` is not that of floats.
 
     Example:
       >>> import jax.numpy as jnp
@@ -126,30 +127,15 @@ def quantized_tensor(
       30
     """
     check_bits(bits)
-    check_choice("scheme", scheme, SCHEMES)
     codes, scale = jnp.asarray(codes), jnp.asarray(scale)
-    if codes.ndim == 0:
-        raise ValueError("codes must have at least one axis, got a scalar")
-    if not -codes.ndim <= packed_axis < codes.ndim:
-        raise ValueError(f"packed_axis must lie in [{-codes.ndim}, {codes.ndim - 1}], got {packed_axis}")
-    if not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise ValueError(f"scale must be floating, got dtype {scale.dtype}")
-    if (exponent is not None) != (scheme == "power"):
-        raise ValueError(f"exponent is for scheme='power' and only for it, got {exponent!r} for {scheme!r}")
-    if zero_point is not None and scheme != "uniform":
-        raise ValueError(f"zero_point is for scheme='uniform' only, got one for {scheme!r}")
-    _check_groups("scale", scale.shape, codes.shape)
-    known = concrete(scale)
-    if known is not None and not np.all(np.isfinite(known) & (known >= 0)):
-        raise ValueError("scale must be finite and not negative")
+    _check_axis(packed_axis, codes.ndim)
+    _check_codes("codes", codes, bits)
+    _check_floating("scale", scale)
     if zero_point is not None:
         zero_point = jnp.asarray(zero_point)
-        if zero_point.shape != scale.shape:
-            raise ValueError(f"zero_point must have the scale's shape {scale.shape}, got {zero_point.shape}")
         _check_codes("zero_point", zero_point, bits)
         zero_point = zero_point.astype(jnp.int8)
-    _check_codes("codes", codes, bits)
-    return QuantizedTensor(
+    tensor = QuantizedTensor(
         codes=pack_bits(codes, storage_bits(bits), packed_axis),
         scale=at_least_float32(scale),
         zero_point=zero_point,
@@ -160,6 +146,71 @@ def quantized_tensor(
         scheme=scheme,
         dtype=jnp.dtype(dtype).name,
     )
+    check_tensor(tensor)
+    return tensor
+
+
+def check_tensor(tensor: QuantizedTensor) -> None:
+    """Raises unless the parts of a tensor belong together, wherever they come from.
+
+    Values of packed codes fit by themselves; other values are checked where they are known.
+
+    Args:
+      tensor: a quantized tensor.
+
+    Raises:
+      ValueError: naming the part, what it is and what is allowed.
+
+    Example:
+      >>> import dataclasses, jax.numpy as jnp
+      >>> from poise.quant import quantized_tensor
+      >>> from poise.quant.quantized_tensor import check_tensor
+      >>> check_tensor(dataclasses.replace(quantized_tensor(jnp.zeros(6, int), jnp.float32(1), bits=4), length=9))
+      Traceback (most recent call last):
+      ...
+      ValueError: codes must hold 9 of 4 bits in 5 bytes along axis -1, got 3
+    """
+    codes, scale, zero_point, bits = tensor.codes, tensor.scale, tensor.zero_point, tensor.bits
+    check_bits(bits)
+    check_choice("scheme", tensor.scheme, SCHEMES)
+    if not _names_floats(tensor.dtype):
+        raise ValueError(f"dtype must be that of floats, got {tensor.dtype!r}")
+    _check_axis(tensor.packed_axis, codes.ndim)
+    if tensor.packed_axis >= 0:
+        raise ValueError(f"packed_axis must lie in [{-codes.ndim}, -1], got {tensor.packed_axis}")
+    if tensor.length < 0:
+        raise ValueError(f"length must not be negative, got {tensor.length}")
+    width = storage_bits(bits)
+    _check_dtype("codes", codes, "int8" if width == 8 else "uint8")
+    held, needed = codes.shape[tensor.packed_axis], packed_length(tensor.length, width)
+    if held != needed:
+        raise ValueError(
+            f"codes must hold {tensor.length} of {width} bits in {needed} bytes along axis {tensor.packed_axis}, "
+            f"got {held}"
+        )
+    if width == 8:
+        _check_codes("codes", codes, bits)
+    _check_floating("scale", scale)
+    if scale.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"scale must be float32 or float64, got {scale.dtype}")
+    _check_groups("scale", scale.shape, tensor.shape)
+    known = concrete(scale)
+    if known is not None and not np.all(np.isfinite(known) & (known >= 0)):
+        raise ValueError("scale must be finite and not negative")
+    if (tensor.exponent is not None) != (tensor.scheme == "power"):
+        raise ValueError(
+            f"exponent is for scheme='power' and only for it, got {tensor.exponent!r} for {tensor.scheme!r}"
+        )
+    if tensor.exponent is not None:
+        _check_floating("exponent", tensor.exponent)
+        check_range("exponent", tensor.exponent, 0.0, open_low=True, open_high=True)
+    if zero_point is not None:
+        if tensor.scheme != "uniform":
+            raise ValueError(f"zero_point is for scheme='uniform' only, got one for {tensor.scheme!r}")
+        if zero_point.shape != scale.shape:
+            raise ValueError(f"zero_point must have the scale's shape {scale.shape}, got {zero_point.shape}")
+        _check_dtype("zero_point", zero_point, "int8")
+        _check_codes("zero_point", zero_point, bits)
 
 
 def tensor_codes(tensor: QuantizedTensor) -> Array:
@@ -257,6 +308,30 @@ def tree_nbytes(tree: Any) -> int:
       68
     """
     return sum(int(np.prod(jnp.shape(leaf))) * jnp.result_type(leaf).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _check_axis(axis: int, ndim: int) -> None:
+    if ndim == 0:
+        raise ValueError("codes must have at least one axis, got a scalar")
+    if not -ndim <= axis < ndim:
+        raise ValueError(f"packed_axis must lie in [{-ndim}, {ndim - 1}], got {axis}")
+
+
+def _check_floating(name: str, value: Array) -> None:
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating, got dtype {value.dtype}")
+
+
+def _check_dtype(name: str, value: Array, dtype: str) -> None:
+    if value.dtype != dtype:
+        raise ValueError(f"{name} must have the dtype {dtype}, got {value.dtype}")
+
+
+def _names_floats(dtype: str) -> bool:
+    try:
+        return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        return False
 
 
 def _check_codes(name: str, codes: Array, bits: int) -> None:

@@ -62,10 +62,20 @@ def rewrite(file, change):
     arrays = load_file(file)
     with safe_open(file, framework="numpy") as reader:
         metadata = reader.metadata()
-    header = json.loads(metadata["quantized"])
+    written = metadata["quantized"]
+    header = json.loads(written)
     change(arrays, header, metadata)
-    metadata["quantized"] = json.dumps(header) if isinstance(header, dict) else header
+    if metadata["quantized"] == written:
+        metadata["quantized"] = json.dumps(header)
     save_file(arrays, file, metadata=metadata)
+
+
+def described(name, **fields):
+    return lambda arrays, header, metadata: header["tensors"][name].update(fields)
+
+
+def replaced(name, value):
+    return lambda arrays, header, metadata: arrays.update({name: np.asarray(value)})
 
 
 @pytest.mark.parametrize(
@@ -83,6 +93,58 @@ def rewrite(file, change):
             "has a header that doesn't describe b/kernel",
             lambda arrays, header, metadata: header["tensors"]["b/kernel"].pop("bits"),
         ),
+        *[
+            (f"has arrays for a/kernel that don't fit its header: {told}", described("a/kernel", **fields))
+            for told, fields in [
+                ("scheme must be one of uniform", {"scheme": "bogus"}),
+                ("bits must be in", {"bits": 77}),
+                ("dtype must be that of floats, got 'nonsense'", {"dtype": "nonsense"}),
+                ("dtype must be that of floats, got 'int8'", {"dtype": "int8"}),
+                ("codes must hold 1000000000 of 4 bits", {"shape": [10**9, 9]}),
+                ("packed_axis must lie in", {"packed_axis": 0}),
+                ("codes must have the dtype int8", {"bits": 5}),
+                ("exponent is for scheme='power'", {"scheme": "power"}),
+                ("zero_point is for scheme='uniform'", {"scheme": "half_integer"}),
+            ]
+        ],
+        *[
+            (f"has a header that doesn't describe a/kernel: .*{told}", described("a/kernel", **fields))
+            for told, fields in [
+                ("scheme must be of type str", {"scheme": ["uniform"]}),
+                ("bits must be of type int, got '4'", {"bits": "4"}),
+                ("bits must be of type int, got True", {"bits": True}),
+                ("dtype must be of type str, got None", {"dtype": None}),
+                ("packed_axis must be of type int", {"packed_axis": "0"}),
+                ("shape must be of type list", {"shape": {"0": 16}}),
+                ("shape's entries must be of type int", {"shape": [1e9, 9]}),
+            ]
+        ],
+        *[
+            (f"has arrays for {name} that don't fit its header: {told}", replaced(f"{name}/{field}", value))
+            for told, name, field, value in [
+                ("scale must be a scalar or divide", "a/kernel", "scale", np.ones((7, 7), np.float32)),
+                ("scale must be floating", "a/kernel", "scale", np.ones((1, 9), np.int32)),
+                ("scale must be float32 or float64", "a/kernel", "scale", np.ones((1, 9), np.float16)),
+                ("scale must be finite", "a/kernel", "scale", np.full((1, 9), np.nan, np.float32)),
+                ("zero_point must have the scale's shape", "a/kernel", "zero_point", np.zeros((1, 3), np.int8)),
+                ("zero_point must have the dtype int8", "a/kernel", "zero_point", np.zeros((1, 9), np.int32)),
+                ("zero_point must lie in", "a/kernel", "zero_point", np.full((1, 9), 9, np.int8)),
+                ("codes must have the dtype uint8", "a/kernel", "codes", np.zeros((8, 9), np.int8)),
+                ("codes must have at least one axis", "a/kernel", "codes", np.uint8(1)),
+                ("exponent must lie in", "c/kernel", "exponent", np.float32(-1)),
+                ("exponent must be floating", "c/kernel", "exponent", np.int32(1)),
+            ]
+        ],
+        ("exponent is for scheme='power'", lambda arrays, header, metadata: arrays.pop("c/kernel/exponent")),
+        (
+            "has a header that can't be read: tensors must be of type dict",
+            lambda arrays, header, metadata: header.update(tensors=["a/kernel"]),
+        ),
+        (
+            "has a header that can't be read: a/kernel must be of type dict",
+            lambda arrays, header, metadata: header["tensors"].update({"a/kernel": [4]}),
+        ),
+        ("has a header that can't be read", lambda arrays, header, metadata: metadata.update(quantized="[1]")),
     ],
 )
 def test_files_that_are_not_what_they_should_be_are_refused(quantized, tmp_path, message, change):
