@@ -41,8 +41,7 @@ from poise.quant import (
     quantized_weights,
     statsq_codes,
 )
-from poise.quant.division import divide
-from poise.quant.lsq import LEAST_STEP
+from poise.quant.lsq import lsq_codes
 
 if TYPE_CHECKING:
     from poise.launch.qat import QATConfig
@@ -138,8 +137,7 @@ def codes_of(config: "QATConfig", learned: dict[str, PyTree], rules: tuple[Quant
         if rule.method == "statsq":
             found[path] = statsq_codes(weight, bits=config.bits, axis=axes)[0]
         else:
-            step, half = jnp.maximum(learned["steps"][path]["step"], LEAST_STEP), 2 ** (config.bits - 1)
-            found[path] = jnp.round(jnp.clip(divide(weight, step), -half, half - 1)).astype(jnp.int8)
+            found[path] = lsq_codes(weight, learned["steps"][path]["step"], bits=config.bits)[0]
     if config.qkr:
         params: Any = traverse_util.flatten_dict(products_of(config, learned["variables"])["params"])
         for path, layer in params.items():

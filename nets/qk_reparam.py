@@ -57,7 +57,8 @@ class QKReparamSelfAttention(nn.Module):
       weight_bits: from 1 to 8.
       act_bits: from 2 to 8.
       freeze_product: whether the confidence mask of the product, if there is a ``boundary_range``, stops the gradient
-        of its frozen entries. False is what the released code does in effect.
+        of its frozen entries: frozen entries pass no gradient; they still move with their factors, which the gradients
+        of other entries, momentum and weight decay change. False is what the released code does in effect.
       boundary_range: of :func:`poise.quant.high_confidence_mask`, for confidence-guided annealing; None before that.
       dtype: of the computation; None for that of the input.
 

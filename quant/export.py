@@ -14,8 +14,7 @@ from jaxtyping import Array, PyTree
 from poise.core.arguments import concrete
 from poise.optim.leaves import path_names
 from poise.quant.checks import Axis
-from poise.quant.division import divide
-from poise.quant.lsq import LEAST_STEP
+from poise.quant.lsq import lsq_codes
 from poise.quant.power import power_quantize
 from poise.quant.qparams import absmax_scale, minmax_qparams
 from poise.quant.quantized_tensor import QuantizedTensor, dequantize_tensor, is_quantized, quantized_tensor
@@ -221,10 +220,7 @@ def _mse(w: Array, parameters: Parameters, bits: int, axis: Axis) -> QuantizedTe
 
 def _lsq(w: Array, parameters: Parameters, bits: int, axis: Axis) -> QuantizedTensor:
     del axis
-    dtype = jnp.promote_types(jnp.promote_types(w.dtype, parameters["step"].dtype), jnp.float32)
-    step = jnp.maximum(parameters["step"].astype(dtype), LEAST_STEP)
-    half = 2 ** (bits - 1)
-    codes = jnp.round(jnp.clip(divide(w.astype(dtype), step), -half, half - 1)).astype(jnp.int8)
+    codes, step = lsq_codes(w, parameters["step"], bits=bits)
     return _packed(w, codes, step, bits=bits)
 
 

@@ -4,7 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Shaped
+from jaxtyping import Array, ArrayLike, Int8, Shaped
 
 from poise.core.arguments import check_range
 from poise.core.arrays import at_least_float32
@@ -102,6 +102,35 @@ def lsq(
     s = rounding.grad_scale(_at_least(step.astype(dtype)), g)
     codes = rounding.round_ste(rounding.clamp_inclusive(divide(x.astype(dtype), s), -q_n, q_p))
     return (codes * s).astype(x.dtype)
+
+
+def lsq_codes(
+    x: Shaped[ArrayLike, "*shape"], step: ArrayLike, *, bits: int
+) -> tuple[Int8[Array, "*shape"], Shaped[Array, "..."]]:
+    r"""The integers of :func:`lsq` with a sign, and the step that they are multiplied by: $\hat x = s\,c$.
+
+    Args:
+      x: weights.
+      step: of a shape that broadcasts against ``x``; below $10^{-5}$ it counts as $10^{-5}$.
+      bits: from 2 to 8.
+
+    Returns:
+      int8 codes in $[-2^{b-1}, 2^{b-1} - 1]$, and the step in at least float32.
+
+    Raises:
+      ValueError: if ``bits`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from poise.quant.lsq import lsq_codes
+      >>> lsq_codes(jnp.array([-3.0, 0.3, 0.9, 5.0]), jnp.array([0.5]), bits=3)[0].tolist()
+      [-4, 1, 2, 3]
+    """
+    q_n, q_p = _bounds(bits, True, False)
+    x, step = jnp.asarray(x), jnp.asarray(step)
+    dtype = jnp.promote_types(jnp.promote_types(x.dtype, step.dtype), jnp.float32)
+    step = jnp.maximum(step.astype(dtype), LEAST_STEP)
+    return jnp.round(jnp.clip(divide(x.astype(dtype), step), -q_n, q_p)).astype(jnp.int8), step
 
 
 def lsq_init(

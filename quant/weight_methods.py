@@ -25,10 +25,12 @@ class WeightMethod(NamedTuple):
       init: from a weight, bits and the axes of a group to what the method learns or keeps, by name; empty if there is
         nothing. All of it are floats, so that a gradient with respect to it exists.
       apply: from a weight, those parameters, bits and axes to the quantized weight, with its gradient.
+      least_bits: the fewest bits that it has.
     """
 
     init: Callable[[Array, int, Axis], Parameters]
     apply: Callable[[Array, Parameters, int, Axis], Array]
+    least_bits: int = 1
 
 
 def _nothing(w: Array, bits: int, axis: Axis) -> Parameters:
@@ -91,15 +93,15 @@ def _reconstructed(kind: type[Quantizer]) -> WeightMethod:
         except TypeError as error:
             raise KeyError(str(error)) from error
 
-    return WeightMethod(init, apply)
+    return WeightMethod(init, apply, least_bits=2)
 
 
 WEIGHT_METHODS: dict[str, WeightMethod] = {
     "absmax": WeightMethod(_nothing, _absmax),
-    "lsq": WeightMethod(_lsq_init, _lsq),
+    "lsq": WeightMethod(_lsq_init, _lsq, least_bits=2),
     "minmax": WeightMethod(_nothing, _minmax),
     "mse": WeightMethod(_mse_init, _mse),
-    "power": WeightMethod(_power_init, _power),
+    "power": WeightMethod(_power_init, _power, least_bits=2),
     "statsq": WeightMethod(_nothing, _statsq),
     **{name: _reconstructed(kind) for name, kind in QUANTIZERS.items()},
 }

@@ -151,9 +151,9 @@ def test_bad_input_is_refused():
     broken["fc2"]["kernel"] = broken["fc2"]["kernel"].at[0, 0].set(jnp.nan)
     unbounded = jax.tree.map(lambda x: x, params)
     unbounded["fc1"]["bias"] = unbounded["fc1"]["bias"].at[0].set(jnp.inf)
-    quiet = [QuantRule("kernel", weight_bits=1, method="nupes")]
     lost = {"fc1/kernel": qparams["fc1/kernel"], "fc2/kernel": {"step": qparams["fc2/kernel"]["step"] * jnp.nan}}
     ptq = [QuantRule("kernel$", weight_bits=4, method="flexround")]
+    far = [QuantRule("kernel", weight_bits=4, axis=5)]
     integer = {"fc": {"kernel": jnp.ones((3, 2), int)}}
     for message, call in {
         "params must be finite, got NaN or infinity in fc2/kernel": lambda: export(broken, qparams, rules),
@@ -166,7 +166,7 @@ def test_bad_input_is_refused():
         "params must hold floats where a rule quantizes them": lambda: export(
             integer, {}, [QuantRule("k", weight_bits=4)]
         ),
-        "fc1/kernel: bits must be in": lambda: export(params, {}, quiet),
+        "fc1/kernel: axis must lie in": lambda: export(params, {}, far),
     }.items():
         with pytest.raises(ValueError, match=message):
             call()

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from poise.quant import lsq, lsq_init
+from poise.quant.lsq import LEAST_STEP, lsq_codes
 
 AXES = {"w": 1, "w_tensor": None, "a3": (0, 2), "a4": (0, 1, 3), "v3": (0, 1), "head": None, "pt": None}
 
@@ -138,3 +139,19 @@ def test_bad_input_of_the_initial_step():
         lsq_init(jnp.ones((0, 3)), bits=4, axis=None)
     with pytest.raises(ValueError, match="multiplier"):
         lsq_init(jnp.ones(3), bits=4, axis=None, multiplier=0.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bits", [2, 8])
+def test_codes_times_the_step_are_what_lsq_gives(bits, dtype):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((7, 5)), dtype)
+    step = lsq_init(x, bits=bits, axis=0).at[0, 0].set(LEAST_STEP / 4)
+    codes, used = jax.jit(functools.partial(lsq_codes, bits=bits))(x, step)
+    assert codes.dtype == jnp.int8
+    assert used.dtype == jnp.float32
+    assert float(used.min()) == np.float32(LEAST_STEP)
+    np.testing.assert_array_equal((codes * used).astype(dtype), lsq(x, step, bits=bits, axis=0))
+    assert codes.min() >= -(2 ** (bits - 1))
+    assert codes.max() <= 2 ** (bits - 1) - 1
+    with pytest.raises(ValueError, match=r"bits must be in \[2, 8\], got 1"):
+        lsq_codes(x, step, bits=1)

@@ -1,5 +1,7 @@
 """Rules by path: precedence, groups, every method, linen and nnx trees, gradients, bad input."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from poise.quant import (
     quantized_weights,
     statsq,
 )
+from poise.quant.weight_methods import WEIGHT_METHODS
 
 
 def draw(*shape):
@@ -127,6 +130,11 @@ def test_an_nnx_model(quick_jit):
     [
         ({"path": "("}, "path must be a regular expression"),
         ({"weight_bits": 9}, r"weight_bits must be in \[1, 8\], got 9"),
+        *[
+            ({"weight_bits": 1, "method": method}, rf"weight_bits must be in \[2, 8\] for method='{method}', got 1")
+            for method in ("lsq", "power", "adaround", "flexround", "lrq", "nupes")
+        ],
+        ({"act_bits": 1}, r"act_bits must be in \[2, 8\] for act_method='lsq' with a sign, got 1"),
         ({"act_bits": 0}, r"act_bits must be in \[1, 8\], got 0"),
         ({"method": "other"}, "method must be one of absmax, .*got 'other'"),
         ({"axis": "row"}, "axis must be one of channel, got 'row'"),
@@ -151,5 +159,16 @@ def test_bad_trees():
         init_weight_qparams(broken, rules)
     with pytest.raises(ValueError, match=r"params must hold floats .* got int32 at fc1"):
         init_weight_qparams({"fc1": jnp.ones((2, 2), jnp.int32)}, rules)
-    with pytest.raises(ValueError, match=r"fc1/kernel: bits must be in \[2, 8\], got 1"):
-        init_weight_qparams(PARAMS, [QuantRule("fc1", weight_bits=1, method="lsq")])
+
+
+@pytest.mark.parametrize("method", sorted(WEIGHT_METHODS))
+def test_least_bits_are_those_that_a_method_takes(method):
+    least = WEIGHT_METHODS[method].least_bits
+    rules = [QuantRule("fc1", weight_bits=least, method=method)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of exponents at 2 bits
+        quantized = apply_weight_quant(PARAMS, init_weight_qparams(PARAMS, rules), rules)
+    kernel = np.asarray(quantized["fc1"]["kernel"])
+    assert np.isfinite(kernel).all()
+    assert max(np.unique(column).size for column in kernel.T) <= 2**least
+    assert QuantRule("fc1", weight_bits=None, method=method).weight_bits is None
