@@ -49,15 +49,12 @@ def run(config: PlayConfig) -> None:
     from poise.launch.episodes import play_episodes
     from poise.launch.frames import animation, draw_frames, sheet
     from poise.launch.manifest import CheckpointError
-    from poise.launch.runs import read_config
+    from poise.launch.runs import config_of
     from poise.launch.value import ValueConfig
     from poise.launch.value_phases import make_environment, make_network, make_transform
     from poise.launch.value_results import load_agents
 
-    found = read_config(config.workdir)
-    if "losses" not in found:
-        raise ConfigError(f"there is no run of poise.launch.value in {config.workdir}")
-    settings = ValueConfig(**{**found, "hidden": tuple(found["hidden"])})
+    settings = config_of(ValueConfig, config.workdir)
     names = settings.loss_names
     loss = config.loss or names[-1]
     if loss not in names:

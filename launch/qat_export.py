@@ -13,7 +13,7 @@ from jaxtyping import Array, PyTree
 from poise.launch.classifier import model_of
 from poise.launch.qat_phases import products_of, rules_of
 from poise.launch.quantized_files import load_quantized, save_quantized
-from poise.launch.runs import read_config
+from poise.launch.runs import config_of
 from poise.nets import QKProductSelfAttention, VisionTransformer, activation_quantization, integer_apply
 from poise.quant import QuantizedParams, QuantRule, export
 
@@ -81,7 +81,7 @@ def load_classifier(workdir: str | os.PathLike[str]) -> Callable[[Any], Array]:
       ``images -> logits``, compiled. Images are floats ``[batch, height, width, channels]`` in [-1, 1].
 
     Raises:
-      ConfigError: if the folder's configuration can't be read.
+      ConfigError: if the folder has no configuration of a run of poise.launch.qat.
       FileNotFoundError: if there is no exported network.
 
     Example:
@@ -96,8 +96,7 @@ def load_classifier(workdir: str | os.PathLike[str]) -> Callable[[Any], Array]:
     folder = pathlib.Path(workdir).expanduser()
     stored = load_quantized(folder / FILE)
     assert isinstance(stored, QuantizedParams)
-    found = read_config(str(folder))
-    config = QATConfig(**found)
+    config = config_of(QATConfig, folder)
     network = deployed(config, stored.params["params"]["head"]["bias"].shape[0])
     jitted = jax.jit(network.forward)
     return lambda images: jitted(stored.params, images)

@@ -53,7 +53,7 @@ def test_an_episode_can_be_cut_and_go_elsewhere(run, tmp_path, capsys):
         (["--loss=hl_gaus"], "loss must be among the run's, hl_gauss, mse, got 'hl_gaus' (did you mean hl_gauss?)"),
         (["--agent=2"], "agent must be below the run's num_seeds = 2, got 2"),
         (["--loss=mse"], "has the run come to mse?"),
-        (["--workdir=nowhere"], "there is no run of poise.launch.value in nowhere"),
+        (["--workdir=nowhere"], "there is no run of poise.launch.value in nowhere: it has no config.json"),
     ],
 )
 def test_what_cannot_be_played_is_told(run, flags, words, capsys):
@@ -66,7 +66,22 @@ def test_what_cannot_be_played_is_told(run, flags, words, capsys):
 def test_a_run_of_another_launcher_is_refused(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"data": "digits"}))
     assert play.main([f"--workdir={tmp_path}"]) == 2
-    assert "there is no run of poise.launch.value" in capsys.readouterr().err
+    assert "is of no run of poise.launch.value: it sets data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"losses": "mse"}, "has the run come to mse?"),
+        ({"losses": "mse", "hiden": [4]}, "hiden (did you mean hidden?)"),
+    ],
+)
+def test_settings_that_lack_or_are_unknown_are_told(tmp_path, content, told, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert play.main([f"--workdir={tmp_path}"]) == 2
+    errors = capsys.readouterr().err
+    assert told in errors
+    assert len(errors.splitlines()) == 1
 
 
 def test_channels_have_their_colours_and_later_ones_lie_on_top():
