@@ -241,6 +241,31 @@ def nearest(name: str, names: Sequence[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def parse_names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The names in a text that is separated by commas.
+
+    Args:
+      flag: the field's name, for the message.
+      text: what was given.
+      known: the names there are.
+
+    Raises:
+      ConfigError: for no name, one that is unknown (with the nearest one) or given twice.
+
+    Example:
+      >>> from poise.launch.config import parse_names
+      >>> parse_names("losses", "mse, c51", ("mse", "c51"))
+      ('mse', 'c51')
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{flag} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}")
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"{flag} must hold one or more different names, got {text!r}")
+    return names
+
+
 def _exit(prog: str, sentence: str) -> NoReturn:
     print(f"{prog}: {sentence}", file=sys.stderr)
     raise SystemExit(2)

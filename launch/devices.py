@@ -10,12 +10,13 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from poise.launch.config import ConfigError
 from poise.launch.errors import LaunchError
 from poise.launch.leaves import Layout, is_key
 from poise.launch.sharding import DATA, FSDP, LeafSpecs, Rules, parse_mesh, parse_rules
 
 PARALLEL = ("jit", "pmap")
-_OPTIMIZER = re.compile(r"(^|/)([a-z]+_)?opt(imizer)?(_state)?(/|$)")
+_OPTIMIZER = re.compile(r"^([a-z]+_)?opt(imizer)?(_state)?(/|$)")  # a field of the state
 
 
 class DeviceError(LaunchError, ValueError):
@@ -59,7 +60,7 @@ class Placement:
         sizes = parse_mesh(mesh, len(chosen))
         rules = parse_rules(sharding) if isinstance(sharding, str) else sharding
         if parallel == "pmap" and (rules or sizes[DATA] < len(chosen)):
-            raise ValueError(f"parallel=pmap splits nothing but batches, got mesh {mesh!r} and sharding {sharding!r}")
+            raise ConfigError(f"parallel=pmap splits nothing but batches, got mesh {mesh!r} and sharding {sharding!r}")
         # Auto: the compiler decides how values between are laid out; algorithms say nothing about devices.
         types = (AxisType.Auto,) * len(sizes)
         self.mesh = Mesh(np.array(chosen).reshape(tuple(sizes.values())), tuple(sizes), axis_types=types)
@@ -123,3 +124,21 @@ class Placement:
     def place_batch(self, batch: Any, batch_axis: int) -> PyTree:
         """A batch on the devices; returns before the copies are done."""
         return jax.device_put(batch, self.batch_sharding(batch_axis))
+
+
+def check_devices(config: Any, *batch_sizes: str) -> None:
+    """Makes sure, before a run begins, that the devices fit a launcher's flags and can share its batches.
+
+    Args:
+      config: a launcher's configuration, with fields ``parallel``, ``mesh`` and ``sharding`` or without.
+      *batch_sizes: names of its fields that count the examples of a batch.
+
+    Raises:
+      ConfigError: naming the flag.
+    """
+    flags = {name: getattr(config, name) for name in ("parallel", "mesh", "sharding") if hasattr(config, name)}
+    shards = Placement(**flags).batch_shards
+    for name in batch_sizes:
+        size = getattr(config, name)
+        if size % shards:
+            raise ConfigError(f"{name} must be a multiple of {shards}, the devices that share a batch, got {size}")

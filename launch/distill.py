@@ -179,10 +179,13 @@ def check(config: DistillConfig) -> None:
     Raises:
       ConfigError: if they don't fit each other or the flags.
     """
+    from poise.launch.devices import check_devices
     from poise.launch.distill_phases import settings_of
     from poise.launch.image_sets import open_images
     from poise.launch.teachers import read_description
 
+    own_teacher = not config.teacher and config.data != "mixture2d"
+    check_devices(config, "batch_size", *(["teacher_batch_size"] if own_teacher else []))
     try:
         settings_of(config, 0.5)
     except ValueError as error:

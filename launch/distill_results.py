@@ -1,10 +1,7 @@
 """What a finished distillation leaves: report, table, pictures and the student itself."""
 
 import dataclasses
-import importlib.metadata
-import json
 import pathlib
-import platform
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,16 +12,19 @@ from poise.fdistill import student_variables
 from poise.launch.distill_phases import settings_of
 from poise.launch.drawing import draw_sets, many_steps_generate, one_step_generate
 from poise.launch.export import Student, save_student
-from poise.launch.files import atomic_path
 from poise.launch.loop import FitResult
 from poise.launch.networks import NetworkConfig
 from poise.launch.pictures import curves_picture, samples_picture
 from poise.launch.quality import Judge
+from poise.launch.reports import text_table, write_report
 
 if TYPE_CHECKING:
     from poise.launch.distill import DistillConfig
 
 _ROWS, _COLUMNS = 10, 5
+_PACKAGES = (
+    "poise", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy", "scikit-learn",
+)  # fmt: skip
 _FIGURES = (
     "frechet",
     "frechet_train",
@@ -58,7 +58,7 @@ def write_results(
       workdir: where ``student.safetensors``, ``report.json``, ``samples.png`` and ``distill.png`` go.
 
     Returns:
-      The content of ``report.json``.
+      The figures of ``report.json``.
     """
     sigma_init = settings_of(config, network.sigma_data).sigma_init
     rows = _row_labels(train.get("label"), class_names)
@@ -92,13 +92,11 @@ def write_results(
         "classifier_accuracy": judge.classifier_accuracy,
         "seconds": result.seconds,
         "config": dataclasses.asdict(config),
-        "versions": _versions(),
         "devices": [device.device_kind for device in jax.devices()],
         "seed": config.seed,
         "student_updates": int(result.state.step),
     }
-    with atomic_path(workdir / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    write_report(workdir / "report.json", report, _PACKAGES)
 
     groups = {
         "real images": _rows(train["image"], train.get("label"), rows),
@@ -115,18 +113,11 @@ def write_results(
 def table(report: Mapping[str, Any]) -> str:
     """The report's figures as text, a row per generator; a dash where a value does not apply."""
     heads = ("", *(name.replace("_", " ") for name in _FIGURES))
-    rows: list[tuple[str, ...]] = [heads]
+    rows = []
     for name in ("real", "teacher", "teacher_1step", "student"):
-        rows.append(
-            (name.replace("_", ", ").replace("1step", "1 step"), *(_cell(report[name][key]) for key in _FIGURES))
-        )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join(lines)
+        label = name.replace("_", ", ").replace("1step", "1 step")
+        rows.append([label, *(_cell(report[name][key]) for key in _FIGURES)])
+    return text_table(heads, rows)
 
 
 def _cell(value: float | int | None) -> str:
@@ -151,18 +142,3 @@ def _rows(images: np.ndarray, labels: np.ndarray | None, rows: Mapping[int, str]
         return images[: len(rows) * columns].reshape(len(rows), columns, *images.shape[1:])
     columns = min(_COLUMNS, *(int((labels == c).sum()) for c in rows))
     return np.stack([images[labels == c][:columns] for c in rows])
-
-
-def _versions() -> dict[str, str]:
-    names = (
-        "poise",
-        "jax",
-        "jaxlib",
-        "flax",
-        "optax",
-        "orbax-checkpoint",
-        "tensorflow-datasets",
-        "numpy",
-        "scikit-learn",
-    )
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

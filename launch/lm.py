@@ -8,12 +8,13 @@ left off.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from poise.launch.config import ConfigError, field, nearest, validate
+from poise.launch.config import ConfigError, field, parse_names, validate
 from poise.launch.main import launch
 
 VARIANTS = ("softmax", "softmax_scaled", "lssa", "lssar_p3", "lssar_p15")
@@ -89,14 +90,7 @@ class LanguageModelConfig:
     def __post_init__(self):
         """Checks each field, and those that belong together."""
         validate(self)
-        names = self.variant_names
-        for name in names:
-            if name not in VARIANTS:
-                raise ConfigError(
-                    f"variants must be among {', '.join(VARIANTS)}, got {name!r}{nearest(name, VARIANTS)}"
-                )
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"variants must name at least one kind of attention, each once, got {self.variants!r}")
+        object.__setattr__(self, "variants", ",".join(parse_names("variants", self.variants, VARIANTS)))
         if 0 < self.vocab_size < 257:
             raise ConfigError(f"vocab_size must be 0 or at least 257, got {self.vocab_size}")
         if self.width % (2 * self.num_heads):
@@ -115,7 +109,7 @@ class LanguageModelConfig:
     @property
     def variant_names(self) -> tuple[str, ...]:
         """The kinds of attention, in order."""
-        return tuple(name.strip() for name in self.variants.split(",") if name.strip())
+        return tuple(self.variants.split(","))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,13 +126,15 @@ def check(config: LanguageModelConfig) -> None:
     Raises:
       DataError: if it cannot be read or is too short.
     """
+    from poise.launch.devices import check_devices
     from poise.launch.lm_phases import evaluation_windows, windows
-    from poise.launch.texts import open_text
+    from poise.launch.texts import ByteCodec, open_text, require_tokenizers
 
+    check_devices(config, "batch_size")
     splits = open_text(config.data, config.data_dir, config.text_key)
-    if not config.vocab_size:
-        from poise.launch.texts import ByteCodec
-
+    if config.vocab_size:
+        require_tokenizers()
+    else:
         encode = ByteCodec().encode
         windows(encode(splits.train), config.length, config.batch_size, config.seed)
         lengths = [config.length * factor for factor in config.eval_factors]
@@ -151,8 +147,10 @@ def run(config: LanguageModelConfig, workdir: pathlib.Path) -> None:
     from poise.launch.lm_results import write_results
     from poise.launch.loop import fit
     from poise.launch.texts import ByteCodec, open_text
+    from poise.launch.workdir import settle_data
 
     splits = open_text(config.data, config.data_dir, config.text_key)
+    settle_data({name: hashlib.sha256(part).hexdigest() for name, part in splits._asdict().items()}, workdir)
     codec = byte_pairs(config, splits.train, workdir) if config.vocab_size else ByteCodec()
     train, held_out = codec.encode(splits.train), codec.encode(getattr(splits, config.held_out))
     result = fit(

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from poise.launch.checkpoint import restore_tree
 from poise.launch.files import atomic_path
 from poise.launch.lm_phases import QUARTERS, model_of
-from poise.launch.reports import phase_folder, read_rows, text_table, write_report
+from poise.launch.reports import cell, phase_folder, read_rows, text_table, write_report
 from poise.launch.texts import Codec
 from poise.nets import generate
 
@@ -81,8 +81,9 @@ def table(losses: Mapping[str, Mapping[str, Any]], factors: tuple[int, ...]) -> 
     heads = ["attention", *(f"{factor}x" for factor in factors), f"{factors[-1]}x / 1x"]
     rows = []
     for name, row in losses.items():
-        values = [row[f"loss_{factor}x"] for factor in factors]
-        rows.append([name, *(f"{value:.3f}" for value in values), f"{values[-1] / values[0]:.2f}"])
+        values = [row[f"loss_{factor}x"] for factor in factors]  # None where a loss wasn't finite
+        known = values[0] is not None and values[-1] is not None
+        rows.append([name, *map(cell, values), f"{values[-1] / values[0]:.2f}" if known else "-"])
     return text_table(heads, rows)
 
 

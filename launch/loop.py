@@ -260,7 +260,7 @@ class _Run:
         if saved < max(done, phase.num_steps):
             self.save(index, layout, live, frozen, phase.num_steps)
             self.store.wait()
-        self.state = layout.merge(live, frozen)
+        self.state = program.whole_state(live, frozen)
 
     def train(
         self, index: int, program: Program, live: tuple[Any, ...], frozen: tuple[Any, ...], done: int, saved: int
@@ -304,7 +304,7 @@ class _Run:
     def evaluation_due(self, phase: Phase, step: int) -> bool:
         if phase.evaluate is None and phase.render is None:
             return False
-        return step % phase.evaluate_every == 0 if phase.evaluate_every else step == phase.num_steps
+        return step == phase.num_steps or bool(phase.evaluate_every and step % phase.evaluate_every == 0)
 
     def save_due(self, step: int, num_steps: int) -> bool:
         by_steps = self.save_every and step % self.save_every == 0

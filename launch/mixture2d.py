@@ -6,7 +6,6 @@ mode-seeking divergence takes one of them, a mass-covering one lies across. Fake
 
 import dataclasses
 import functools
-import json
 import pathlib
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +29,7 @@ from poise.launch.distill_phases import settings_of
 from poise.launch.files import atomic_path
 from poise.launch.loop import fit
 from poise.launch.phase import Phase
+from poise.launch.reports import write_report
 from poise.metrics import energy_distance, mode_coverage
 from poise.nets import MLP, AffineGenerator, EDMPrecond, MLPHead
 
@@ -169,8 +169,7 @@ def _write_results(
         "seed": config.seed,
         "student_updates": int(state.step),
     }
-    with atomic_path(workdir / "report.json") as temporary:
-        temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n")
+    write_report(workdir / "report.json", report, ("poise", "jax", "flax", "optax"))
     fields = {
         "teacher's density": np.exp(np.asarray(mixture.log_prob(grid, 0.0))),
         "student's density": np.exp(np.asarray(student.log_prob(grid, 0.0))),

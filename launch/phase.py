@@ -33,7 +33,7 @@ class Phase(NamedTuple):
       num_steps: steps of the finished phase; 0 only makes the state.
       evaluate: ``(state, key) -> figures by name``, run on the host between steps; jit what is in it. It must not keep
         the state, whose buffers the next step takes over. A figure that doesn't apply is None.
-      evaluate_every: evaluates after steps that are multiples of it; 0: once, at the phase's end.
+      evaluate_every: evaluates after steps that are multiples of it, and at the phase's end; 0: at the end alone.
       render: ``(state, key) -> pictures by name``, at the same steps; for writers that take pictures.
     """
 
@@ -99,7 +99,7 @@ class Program:
         return self.layout.split(lowered.compile(compiler_options=options)(previous_state, key, batch))
 
     def whole_state(self, live: tuple[Any, ...], frozen: tuple[Any, ...]) -> State:
-        """The state to evaluate, its weights put together."""
+        """The state for those who use it outside of a step: its weights are put together."""
         placement, layout = self._placement, self.layout
         live = jax.device_put(live, placement.together(layout.live_names, self.shardings[0]))
         frozen = jax.device_put(frozen, placement.together(layout.frozen_names, self.shardings[1]))

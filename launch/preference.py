@@ -12,9 +12,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from poise.launch.config import ConfigError, field, validate
+from poise.launch.config import ConfigError, field, parse_names, validate
 from poise.launch.main import launch
-from poise.launch.value import parse_names
 
 METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
 
@@ -100,8 +99,10 @@ def check(config: PreferenceConfig) -> None:
     Raises:
       DataError: naming its line that can't be used.
     """
+    from poise.launch.devices import check_devices
     from poise.launch.preference_data import read_jsonl
 
+    check_devices(config, "batch_size")
     if config.data != "trigger":
         read_jsonl(config.data.partition(":")[2])
 
@@ -109,13 +110,14 @@ def check(config: PreferenceConfig) -> None:
 def run(config: PreferenceConfig, workdir: pathlib.Path) -> None:
     """The whole run: data, the reference, a phase for each loss, then the comparison."""
     from poise.launch.loop import fit
-    from poise.launch.preference_data import open_pairs, settle_data
+    from poise.launch.preference_data import facts_of, open_pairs
     from poise.launch.preference_judge import make_judges
     from poise.launch.preference_phases import preference_phases
     from poise.launch.preference_results import write_results
+    from poise.launch.workdir import settle_data
 
     data = open_pairs(config)
-    settle_data(data, workdir)
+    settle_data(facts_of(data), workdir)
     judges = make_judges(config, data)
     result = fit(
         preference_phases(config, data, judges),

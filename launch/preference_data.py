@@ -11,16 +11,13 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
-from poise.launch.config import ConfigError
 from poise.launch.data import DataError, epoch_order
-from poise.launch.files import atomic_path
 from poise.launch.trigger_task import VOCAB, trigger_source, trigger_texts
 
 if TYPE_CHECKING:
     from poise.launch.preference import PreferenceConfig
 
 END = 256  # begins, separates and ends texts of bytes; also what short ones are filled up with
-_DATA_FILE = "data.json"
 _CORPUS, _MIXED = 2_000, 500
 
 
@@ -79,19 +76,9 @@ def open_pairs(config: "PreferenceConfig") -> PreferenceData:
     )
 
 
-def settle_data(data: PreferenceData, workdir: pathlib.Path) -> None:
-    """Notes in the run's folder which data it is made with, or makes sure that it is the same still.
-
-    Raises:
-      ConfigError: if it is another.
-    """
-    path = workdir / _DATA_FILE
-    now = {"digest": data.digest, "pairs": len(data.train.chosen), "held_out": len(data.held_out.chosen)}
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
-    elif json.loads(path.read_text(encoding="utf-8")) != now:
-        raise ConfigError(f"the data has changed since the run in {workdir} began; use another workdir")
+def facts_of(data: PreferenceData) -> dict[str, Any]:
+    """What a run notes of its data, see :func:`poise.launch.workdir.settle_data`."""
+    return {"digest": data.digest, "pairs": len(data.train.chosen), "held_out": len(data.held_out.chosen)}
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -165,6 +152,10 @@ def read_jsonl(path: str) -> list[tuple[str, str, str]]:
         for name in ("prompt", "chosen", "rejected"):
             if not isinstance(row.get(name), str):
                 raise DataError(f"{where}: {name} must be a text, got {json.dumps(row.get(name))[:40]}")
+            try:
+                row[name].encode()
+            except UnicodeEncodeError as error:
+                raise DataError(f"{where}: {name} is no valid Unicode: {error.reason}") from error
         if row["chosen"] == row["rejected"]:
             raise DataError(f"{where}: chosen and rejected are the same text")
         found.append((row["prompt"], row["chosen"], row["rejected"]))

@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from poise.attention import dot_product_attention
 from poise.core import Algorithm
+from poise.launch.activations import with_activations
 from poise.launch.data import InMemory
-from poise.launch.language_model import with_activations
 from poise.launch.phase import Phase
 from poise.launch.preference_data import PreferenceData
 from poise.nets import SparseTokenMask, Transformer

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.launch.classifier_config import SMOKE, ClassifierConfig, network_settings
-from poise.launch.config import ConfigError, field, nearest
+from poise.launch.config import ConfigError, field, parse_names
 from poise.launch.main import launch
 
 METHODS = ("rtn", "adaround", "flexround", "nupes")
@@ -47,12 +47,7 @@ class PTQConfig(ClassifierConfig):
     def __post_init__(self):
         """Checks each field, and those that belong together."""
         super().__post_init__()
-        names = self.method_names
-        for name in names:
-            if name not in METHODS:
-                raise ConfigError(f"methods must be among {', '.join(METHODS)}, got {name!r}{nearest(name, METHODS)}")
-        if not names or len(set(names)) < len(names):
-            raise ConfigError(f"methods must name at least one way to round, each once, got {self.methods!r}")
+        object.__setattr__(self, "methods", ",".join(parse_names("methods", self.methods, METHODS)))
         if not self.bits or len(set(self.bits)) < len(self.bits):
             raise ConfigError(f"bits must have at least one entry, each once, got {','.join(map(str, self.bits))!r}")
         if self.reconstruction_batch_size > self.calibration_images:
@@ -96,6 +91,9 @@ def check(config: PTQConfig) -> None:
       CheckpointError: if its float phase is not there.
       DataError: if the data cannot be read, has no classes, or the patches don't tile the images.
     """
+    from poise.launch.devices import check_devices
+
+    check_devices(config, "batch_size")
     used = with_its_network(config)
     if used.checkpoint:
         from poise.launch.ptq_methods import float_variables

@@ -65,6 +65,9 @@ def check(config: ClassifierConfig) -> None:
     Raises:
       DataError: if it cannot be read, has no classes, or the patches don't tile the images.
     """
+    from poise.launch.devices import check_devices
+
+    check_devices(config, "batch_size")
     if config.data != "digits":
         from poise.launch.classifier import open_classes
 

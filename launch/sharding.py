@@ -11,6 +11,7 @@ from poise.launch.config import ConfigError, nearest
 
 DATA, FSDP, MODEL = "data", "fsdp", "model"
 AXES = (DATA, FSDP, MODEL)
+LEAF_AXES = (FSDP, MODEL)  # what a weight may be split over
 FSDP_LEAST = 1024  # smaller leaves aren't worth splitting
 
 Rules = Sequence[tuple[str, Sequence[str | None]]]
@@ -71,10 +72,10 @@ def parse_rules(text: str) -> tuple[tuple[str, tuple[str | None, ...]], ...]:
         pattern, equals, axes = part.rpartition("=")
         if not equals or not pattern:
             raise ConfigError(f"sharding must be rules of the form REGEX=AXIS,AXIS separated by ;, got {part!r}")
-        words = [word.strip() for word in axes.split(",") if word.strip()]
+        words = [word.strip() for word in axes.split(",")] if axes.strip() else []
         for word in words:
-            if word not in (*AXES, "-"):
-                raise ConfigError(f"sharding names the axes {', '.join(AXES)} or -, got {word!r} in {part!r}")
+            if word not in (*LEAF_AXES, "-"):
+                raise ConfigError(f"sharding names the axes {', '.join(LEAF_AXES)} or -, got {word!r} in {part!r}")
         try:
             re.compile(pattern)
         except re.error as error:
@@ -101,10 +102,13 @@ class LeafSpecs:
         self._sizes, self._rules = dict(sizes), [(pattern, tuple(axes)) for pattern, axes in rules]
         self._used = [False] * len(self._rules)
         for pattern, axes in self._rules:
-            for axis in filter(None, axes):
-                if axis not in sizes:
-                    known = ", ".join(sizes)
+            named = [axis for axis in axes if axis is not None]
+            for axis in named:
+                if axis not in sizes or axis not in LEAF_AXES:
+                    known = ", ".join(axis for axis in sizes if axis in LEAF_AXES) or "none for weights"
                     raise ConfigError(f"sharding: the rule {pattern!r} names the axis {axis!r}, the mesh has {known}")
+            if len(set(named)) < len(named):
+                raise ConfigError(f"sharding: the rule {pattern!r} names an axis twice, in {','.join(named)}")
         if sizes.get(MODEL, 1) > 1 and not self._rules:
             raise ConfigError(f"mesh with {MODEL}:{sizes[MODEL]} needs rules for what is split over it, see sharding")
 

@@ -51,6 +51,19 @@ class ByteCodec:
         return bytes(np.asarray(tokens, np.uint8)).decode("utf-8", errors="replace")
 
 
+def require_tokenizers() -> Any:
+    """The library of byte pairs.
+
+    Raises:
+      DataError: if it isn't installed.
+    """
+    try:
+        import tokenizers
+    except ImportError:
+        raise DataError('a vocabulary of byte pairs needs the extra "text": pip install "poise[text]"') from None
+    return tokenizers
+
+
 class BytePairCodec:
     """Pairs of bytes that are often neighbours, merged again and again, by Hugging Face's ``tokenizers``.
 
@@ -60,16 +73,16 @@ class BytePairCodec:
       description: the JSON of :meth:`to_json` instead, for a codec as it was.
 
     Raises:
-      DataError: if ``tokenizers`` isn't installed.
+      DataError: if ``tokenizers`` isn't installed or the description is damaged.
     """
 
     def __init__(self, vocab_size: int = 512, text: bytes = b"", description: str = ""):
-        try:
-            import tokenizers
-        except ImportError:
-            raise DataError('a vocabulary of byte pairs needs the extra "text": pip install "poise[text]"') from None
+        tokenizers = require_tokenizers()
         if description:
-            self._tokenizer: Any = tokenizers.Tokenizer.from_str(description)
+            try:
+                self._tokenizer: Any = tokenizers.Tokenizer.from_str(description)
+            except Exception as error:  # the library raises nothing more precise
+                raise DataError(f"the description of the byte pairs is damaged: {error}") from error
         else:
             self._tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
             self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

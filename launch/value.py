@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from poise.launch.config import ConfigError, field, nearest, validate
+from poise.launch.config import ConfigError, field, parse_names, validate
 from poise.launch.main import launch
 
 LOSSES = ("mse", "hl_gauss", "two_hot", "c51", "mse_softmax")
@@ -51,31 +51,6 @@ PRESETS = {
     "Breakout-MinAtar": Preset(support=(-1.0, 9.0), room=2.0),
     "SpaceInvaders-MinAtar": Preset(support=(-1.0, 19.0), room=2.0),
 }
-
-
-def parse_names(flag: str, text: str, known: Sequence[str]) -> tuple[str, ...]:
-    """The names in a text that is separated by commas.
-
-    Args:
-      flag: the field's name, for the message.
-      text: what was given.
-      known: the names there are.
-
-    Raises:
-      ConfigError: for no name, one that is unknown (with the nearest one) or given twice.
-
-    Example:
-      >>> from poise.launch.value import parse_names
-      >>> parse_names("losses", "mse, c51", ("mse", "c51"))
-      ('mse', 'c51')
-    """
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"{flag} must be among {', '.join(known)}, got {name!r}{nearest(name, known)}")
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"{flag} must hold one or more different names, got {text!r}")
-    return names
 
 
 @dataclasses.dataclass(frozen=True)

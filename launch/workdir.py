@@ -10,7 +10,7 @@ from typing import Any
 from poise.launch.config import ConfigError, config_fields
 from poise.launch.files import atomic_path
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -88,6 +88,24 @@ def settle_config(config: Any, workdir: str | os.PathLike[str]) -> None:
             temporary.write_text(json.dumps(current, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def settle_data(facts: dict[str, Any], workdir: str | os.PathLike[str]) -> None:
+    """Notes in the run's folder, in ``data.json``, which data it is made with, or makes sure that it is the same still.
+
+    Args:
+      facts: plain values by name, such as a digest.
+      workdir: the run's folder.
+
+    Raises:
+      ConfigError: if the data is another, or the note is damaged.
+    """
+    path = pathlib.Path(workdir) / DATA_FILE
+    if not path.exists():
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    elif _read(path) != facts:
+        raise ConfigError(f"the data has changed since the run in {workdir} began; use another workdir")
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

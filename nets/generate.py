@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, ArrayLike, Int, PRNGKeyArray, PyTree
 
 from poise.core.arguments import check_count, check_range
 from poise.nets.transformer import Transformer
@@ -15,7 +15,7 @@ def generate(
     num_tokens: int,
     key: PRNGKeyArray,
     *,
-    temperature: float | int = 1.0,
+    temperature: ArrayLike = 1.0,
 ) -> Int[Array, "batch num_tokens"]:
     r"""Draws tokens one after another, each from $\mathrm{softmax}(\mathrm{logits}/T)$ of all tokens before it.
 
@@ -51,10 +51,9 @@ def generate(
         raise ValueError(f"prompt must hold at least one token, got shape {prompt.shape}")
 
     def draw(logits: Array, index: Array) -> Array:
-        if isinstance(temperature, float | int) and temperature == 0:
-            return logits.argmax(-1).astype(prompt.dtype)
-        drawn = jax.random.categorical(jax.random.fold_in(key, index), logits / temperature)
-        return drawn.astype(prompt.dtype)
+        heat = jnp.asarray(temperature, logits.dtype)
+        drawn = jax.random.categorical(jax.random.fold_in(key, index), logits / jnp.where(heat > 0, heat, 1))
+        return jnp.where(heat > 0, drawn, logits.argmax(-1)).astype(prompt.dtype)
 
     def next_token(carry: tuple[Array, PyTree], index: Array) -> tuple[tuple[Array, PyTree], Array]:
         token, cache = carry

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from poise.launch import lm, lm_phases
+from poise.launch import lm, lm_phases, texts
 from poise.launch.checkpoint import restore_tree
 from poise.launch.data import DataError
 from poise.nets import Transformer
@@ -38,6 +38,22 @@ def test_what_a_run_leaves(finished):
         assert 3 < losses["loss_1x"] < 7  # near log(256) after three updates
     assert (finished / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
     assert "=== softmax ===\nThe " in (finished / "samples.txt").read_text()
+
+
+def test_a_changed_text_is_another_run(finished, monkeypatch, capsys):
+    before = (finished / "metrics.jsonl").read_bytes()
+    splits = texts.open_text("topics")
+    monkeypatch.setattr(texts, "open_text", lambda *arguments: splits._replace(train=splits.train[1:]))
+    assert lm.main([f"--workdir={finished}", *TINY]) == 2
+    assert "the data has changed since the run in" in capsys.readouterr().err
+    assert (finished / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_evaluation_at_the_end_whatever_the_period(tmp_path):
+    flags = [*TINY, "--variants=softmax", "--sample_tokens=0", "--eval_every=2", "--eval_factors=1"]
+    assert lm.main([f"--workdir={tmp_path}", *flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert ["eval/loss_1x" in row for row in rows] == [False, True, True]
 
 
 def test_all_kinds_of_attention_see_the_same_batches(finished):
@@ -108,12 +124,14 @@ def test_the_mean_loss_does_not_depend_on_how_windows_are_grouped(monkeypatch):
     ("flag", "message"),
     [
         ("--variants=softmax,lsar_p15", "variants must be among .* got 'lsar_p15' (did you mean lssar_p15?)"),
-        ("--variants=softmax,softmax", "each once"),
+        ("--variants=softmax,softmax", "variants must hold one or more different names"),
         ("--width=10", "width must be an even multiple of num_heads=2, got 10"),
         ("--eval_factors=2,4", "eval_factors must begin with 1"),
         ("--eval_factors=1,3,8", "eval_factors must begin with 1 and divide their last, got 1,3,8"),
         ("--vocab_size=100", "vocab_size must be 0 or at least 257, got 100"),
         ("--data=wiki", "data must be topics, file:PATH or tfds:NAME"),
+        ("--batch_size=4", "batch_size must be a multiple of 8, the devices that share a batch, got 4"),
+        ("--mesh=fsdp:3", "mesh must take all 8 devices, got 'fsdp:3', which takes 3"),
         ("--prompt=", "prompt must have at least one character"),
         ("--data=file:/no/such/text", "can't be read"),
         ("--eval_factors=1,4096", "must hold a window of 262145"),

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from poise.launch import preference
+from poise.launch.activations import with_activations
 from poise.launch.checkpoint import restore_tree
 from poise.launch.config import ConfigError
 from poise.launch.data import DataError
-from poise.launch.language_model import with_activations
-from poise.launch.preference_data import END, encode_pair, file_pairs, read_jsonl, settle_data, trigger_pairs
+from poise.launch.preference_data import END, encode_pair, facts_of, file_pairs, read_jsonl, trigger_pairs
 from poise.launch.preference_judge import Likelihoods, pair_figures, trigger_figures
 from poise.launch.preference_phases import Seen
 from poise.launch.trigger_task import BAD, GOOD, TRIGGER
@@ -195,10 +195,10 @@ def test_what_counts_of_a_file_is_the_completion(tmp_path):
 
 
 def test_changed_data_is_refused(tmp_path):
-    settle_data(trigger_pairs(0, 40, 6), tmp_path)
-    settle_data(trigger_pairs(0, 40, 6), tmp_path)
+    settle_data(facts_of(trigger_pairs(0, 40, 6)), tmp_path)
+    settle_data(facts_of(trigger_pairs(0, 40, 6)), tmp_path)
     with pytest.raises(ConfigError, match="the data has changed"):
-        settle_data(trigger_pairs(1, 40, 6), tmp_path)
+        settle_data(facts_of(trigger_pairs(1, 40, 6)), tmp_path)
 
 
 def test_what_follows_the_trigger_makes_a_text_chosen():

@@ -14,7 +14,7 @@ from poise.launch.config import ConfigError
 from poise.launch.data import InMemory, NoData
 from poise.launch.devices import DeviceError, Placement
 from poise.launch.loop import fit
-from poise.launch.phase import Phase
+from poise.launch.phase import Phase, Program
 from poise.launch.sharding import LeafSpecs, parse_mesh, parse_rules
 
 WIDTH = 128
@@ -78,10 +78,25 @@ def assert_close(state, other):
 def test_every_placement_gives_what_one_device_gives(tmp_path, alone, options, split):
     state = train(tmp_path, **options).state
     assert_close(state, alone)
-    spec = jax.sharding.PartitionSpec(*split)
-    for leaf in (state["params"], state["optimizer"][0].mu):
-        assert leaf["hidden"]["kernel"].sharding.spec == spec
-    assert state["frozen"]["target"].sharding.spec == (spec if "fsdp" in split else jax.sharding.PartitionSpec())
+    spec, whole = jax.sharding.PartitionSpec(*split), jax.sharding.PartitionSpec(None, None)
+    assert state["optimizer"][0].mu["hidden"]["kernel"].sharding.spec == spec
+    # weights over fsdp lie in parts between steps alone
+    used = state["params"]["hidden"]["kernel"].sharding
+    assert used.is_equivalent_to(jax.sharding.NamedSharding(used.mesh, whole if "fsdp" in split else spec), 2)
+    assert state["frozen"]["target"].sharding.is_fully_replicated
+
+
+def test_between_steps_weights_lie_in_parts():
+    placement = Placement(mesh="data:2,fsdp:4")
+    phase = Phase("net", lambda previous: network(), InMemory({"x": np.zeros((16, 8), np.float32)}, 16, 1), 1)
+    program = Program(phase, None, placement)
+    program.compile()
+    live, frozen = program.begin(None, jax.random.key(0))
+    live, _, _ = program.step(live, frozen, program.place(0), jax.random.key(1), 0)
+    names = program.layout.live_names
+    for leaves, name in ((live, "params/hidden/kernel"), (live, "optimizer/0/nu/hidden/kernel")):
+        leaf = leaves[names.index(name)]
+        assert {shard.data.shape for shard in leaf.addressable_shards} == {(8, WIDTH // 4)}
 
 
 def test_a_run_goes_on_on_another_mesh(tmp_path, alone):
@@ -154,7 +169,9 @@ def test_meshes_that_are_none(text, message):
     ("text", "message"),
     [
         ("kernel", r"of the form REGEX=AXIS,AXIS separated by ;, got 'kernel'"),
-        ("kernel=rows", r"names the axes data, fsdp, model or -, got 'rows'"),
+        ("kernel=rows", r"names the axes fsdp, model or -, got 'rows'"),
+        ("kernel=data", r"names the axes fsdp, model or -, got 'data'"),
+        ("kernel=,fsdp", r"names the axes fsdp, model or -, got ''"),
         ("(=fsdp", r"invalid pattern '\('"),
     ],
 )
@@ -167,7 +184,9 @@ def test_rules_that_are_none(text, message):
     ("mesh", "rules", "message"),
     [
         ("data:4,model:2", "", r"mesh with model:2 needs rules"),
-        ("", "kernel=fsdp;.*=", r"the rule 'kernel' names the axis 'fsdp', the mesh has data"),
+        ("", "kernel=fsdp;.*=", r"the rule 'kernel' names the axis 'fsdp', the mesh has none for weights"),
+        ("fsdp:8", [("kernel", ("data",))], r"the rule 'kernel' names the axis 'data', the mesh has fsdp"),
+        ("fsdp:8", "kernel=fsdp,fsdp;.*=", r"the rule 'kernel' names an axis twice, in fsdp,fsdp"),
         ("fsdp:8", "kernel=fsdp", r"no rule fits the leaf (params|optimizer)\S+ of shape \(128,\)"),
         ("fsdp:8", "bias=-,fsdp;.*=", r"'bias' has 2 dimensions, the leaf \S+bias has 1"),
         ("fsdp:8", "out/kernel=-,fsdp;.*=", r"splits a dimension of 1 of the leaf \S+out/kernel over fsdp:8"),
@@ -178,6 +197,18 @@ def test_rules_that_do_not_fit(tmp_path, mesh, rules, message):
     with pytest.raises(ConfigError, match=message):
         train(tmp_path, mesh=mesh, sharding=rules)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_pmap_splits_batches_alone(tmp_path):
+    with pytest.raises(ConfigError, match="parallel=pmap splits nothing but batches, got mesh 'fsdp:2'"):
+        train(tmp_path, parallel="pmap", mesh="fsdp:2")
+
+
+def test_a_module_called_opt_is_no_optimizer():
+    placement = Placement(mesh="fsdp:8")
+    split = jax.sharding.NamedSharding(placement.mesh, jax.sharding.PartitionSpec("fsdp"))
+    found = placement.together(["params/opt/kernel", "student_opt/0/mu", "opt_state/nu", "optimizer/mu"], [split] * 4)
+    assert ["fsdp" in sharding.spec for sharding in found] == [False, True, True, True]
 
 
 def test_small_odd_and_random_leaves_stay_whole():

@@ -47,6 +47,13 @@ def test_draws_follow_the_distribution_and_the_key(model, variables):
     np.testing.assert_allclose(np.bincount(first[:, 0], minlength=12) / 2000, expected, atol=0.05)
 
 
+@pytest.mark.parametrize("cold", [np.float32(0), jnp.zeros(())])
+def test_no_temperature_of_any_type(model, variables, cold):
+    prompt, key = jnp.array([[1, 2, 3]]), jax.random.key(0)
+    draw = jax.jit(lambda variables, heat: generate(model, variables, prompt, 3, key, temperature=heat))
+    np.testing.assert_array_equal(draw(variables, cold), draw(variables, 0.0))
+
+
 def test_bad_arguments(model, variables):
     prompt, key = jnp.zeros((1, 2), jnp.int32), jax.random.key(0)
     with pytest.raises(ValueError, match="num_tokens must be at least 1, got 0"):

@@ -37,7 +37,7 @@ def with_activations(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> from poise.launch.language_model import with_activations
+      >>> from poise.launch.activations import with_activations
       >>> from poise.nets import Transformer
       >>> model, tokens = Transformer(7, num_layers=1, num_heads=2, width=8), jnp.zeros((1, 3), jnp.int32)
       >>> logits, seen = with_activations(model, model.init(jax.random.key(0), tokens), tokens)
