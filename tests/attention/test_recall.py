@@ -64,7 +64,7 @@ def losses_and_accuracies(attention, seed, lengths, steps=600):
     return np.array([evaluate(params, jax.random.key(1000 + seed), number, 512) for number in lengths])
 
 
-@pytest.mark.slow
+@pytest.mark.effects
 def test_reweighted_attention_keeps_its_loss_at_32_times_the_length():
     found = {
         name: np.mean([losses_and_accuracies(attention, seed, (32, 1024)) for seed in range(SEEDS)], 0)

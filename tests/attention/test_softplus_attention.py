@@ -196,7 +196,7 @@ def test_high_powers_pick_the_best_key(draw):
     clear = np.asarray(ranked[..., -1] - ranked[..., -2] > 0.05).transpose(0, 2, 1)
     assert clear.sum() > 10
     best = jnp.take_along_axis(value, jnp.argmax(scores, -1).transpose(0, 2, 1)[..., None], 1)
-    np.testing.assert_allclose(out[clear], best[clear], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(out[clear], best[clear], rtol=1e-3, atol=1e-3)  # a power of 1001
 
 
 def test_default_implementation_holds_no_large_matrix():

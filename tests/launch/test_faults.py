@@ -84,8 +84,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, environment, undistu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attempt", range(3))
-def test_killed_from_outside_at_random_moments(tmp_path, environment, undisturbed, attempt):
+def test_killed_from_outside_at_random_moments(tmp_path, environment, undisturbed):
     """From the first import to the last write; the delays are drawn anew every time, and told when it fails."""
     began = time.monotonic()
     launch(tmp_path / "timed", environment)
@@ -104,7 +103,7 @@ def test_killed_from_outside_at_random_moments(tmp_path, environment, undisturbe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", [5, 6, 10, 11, 12, 13, 16, 17, 21, 25])
+@pytest.mark.parametrize("row", [5, 10, 12, 13, 17, 25])
 def test_killed_around_every_checkpoint(tmp_path, environment, undisturbed, row):
     for _ in range(2):
         launch(tmp_path, environment, f"--kill={row},0.15")
