@@ -5,7 +5,7 @@ import hashlib
 import json
 import pathlib
 import sys
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
