@@ -19,6 +19,7 @@ from poise.launch.preference_data import END, encode_pair, facts_of, file_pairs,
 from poise.launch.preference_judge import Likelihoods, pair_figures, trigger_figures
 from poise.launch.preference_phases import Seen
 from poise.launch.trigger_task import BAD, GOOD, TRIGGER
+from poise.launch.workdir import settle_data
 from poise.nets import Transformer
 
 spec = importlib.util.spec_from_file_location("tiny_launch", pathlib.Path(__file__).with_name("tiny_launch.py"))
