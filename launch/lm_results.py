@@ -82,8 +82,9 @@ def table(losses: Mapping[str, Mapping[str, Any]], factors: tuple[int, ...]) -> 
     rows = []
     for name, row in losses.items():
         values = [row[f"loss_{factor}x"] for factor in factors]  # None where a loss wasn't finite
-        known = values[0] is not None and values[-1] is not None
-        rows.append([name, *map(cell, values), f"{values[-1] / values[0]:.2f}" if known else "-"])
+        first, last = values[0], values[-1]
+        ratio = "-" if first is None or last is None else f"{last / first:.2f}"
+        rows.append([name, *map(cell, values), ratio])
     return text_table(heads, rows)
 
 
