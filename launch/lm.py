@@ -98,6 +98,8 @@ class LanguageModelConfig:
         if self.eval_factors[:1] != (1,) or any(self.eval_factors[-1] % factor for factor in self.eval_factors):
             given = ",".join(map(str, self.eval_factors))
             raise ConfigError(f"eval_factors must begin with 1 and divide their last, got {given or 'none'}")
+        if self.eval_every and self.steps % self.eval_every:
+            raise ConfigError(f"eval_every must divide steps={self.steps}, got {self.eval_every}")
         if not self.prompt:
             raise ConfigError("prompt must have at least one character, got none")
         kind, _, place = self.data.partition(":")

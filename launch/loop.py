@@ -304,7 +304,7 @@ class _Run:
     def evaluation_due(self, phase: Phase, step: int) -> bool:
         if phase.evaluate is None and phase.render is None:
             return False
-        return step == phase.num_steps or bool(phase.evaluate_every and step % phase.evaluate_every == 0)
+        return step % phase.evaluate_every == 0 if phase.evaluate_every else step == phase.num_steps
 
     def save_due(self, step: int, num_steps: int) -> bool:
         by_steps = self.save_every and step % self.save_every == 0

@@ -33,7 +33,7 @@ class Phase(NamedTuple):
       num_steps: steps of the finished phase; 0 only makes the state.
       evaluate: ``(state, key) -> figures by name``, run on the host between steps; jit what is in it. It must not keep
         the state, whose buffers the next step takes over. A figure that doesn't apply is None.
-      evaluate_every: evaluates after steps that are multiples of it, and at the phase's end; 0: at the end alone.
+      evaluate_every: evaluates after steps that are multiples of it; 0: once, at the phase's end.
       render: ``(state, key) -> pictures by name``, at the same steps; for writers that take pictures.
     """
 

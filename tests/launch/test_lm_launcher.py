@@ -49,13 +49,6 @@ def test_a_changed_text_is_another_run(finished, monkeypatch, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-def test_an_evaluation_at_the_end_whatever_the_period(tmp_path):
-    flags = [*TINY, "--variants=softmax", "--sample_tokens=0", "--eval_every=2", "--eval_factors=1"]
-    assert lm.main([f"--workdir={tmp_path}", *flags]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert ["eval/loss_1x" in row for row in rows] == [False, True, True]
-
-
 def test_all_kinds_of_attention_see_the_same_batches(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(row["phase"], row["step"]) for row in rows] == [
@@ -132,6 +125,7 @@ def test_the_mean_loss_does_not_depend_on_how_windows_are_grouped(monkeypatch):
         ("--data=wiki", "data must be topics, file:PATH or tfds:NAME"),
         ("--batch_size=4", "batch_size must be a multiple of 8, the devices that share a batch, got 4"),
         ("--mesh=fsdp:3", "mesh must take all 8 devices, got 'fsdp:3', which takes 3"),
+        ("--eval_every=300", "eval_every must divide steps=1000, got 300"),
         ("--prompt=", "prompt must have at least one character"),
         ("--data=file:/no/such/text", "can't be read"),
         ("--eval_factors=1,4096", "must hold a window of 262145"),

@@ -167,7 +167,7 @@ def test_reconstruction_comes_closer_than_rounding(network, method):
             "--methods=rtn,flexroud",
             "methods must be among rtn, adaround, flexround, nupes, got 'flexroud' (did you mean",
         ),
-        ("--methods=rtn,rtn", "each once"),
+        ("--methods=rtn,rtn", "one or more different names"),
         ("--bits=1", "--bits must be at least 2 and at most 8, got '1'"),
         ("--bits=2,2", "bits must have at least one entry, each once, got '2,2'"),
         (
