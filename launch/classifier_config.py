@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from poise.launch.config import ConfigError, field, validate
+from poise.launch.execution import ExecutionConfig
 
 NETWORK = ("data", "image_size", "patch_size", "width", "num_heads", "num_layers", "mlp_ratio")
 
@@ -17,7 +18,7 @@ SMOKE: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig:
+class ClassifierConfig(ExecutionConfig):
     """The settings of a classifier; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -39,22 +40,6 @@ class ClassifierConfig:
 
     eval_images: int = field(10_000, "held-out images, at most, that accuracy is measured on", minimum=1)
     timing_images: int = field(256, "images of the batch that is timed", role="execution", minimum=1)
-    save_every: int = field(200, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
-    save_every_seconds: float = field(
-        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
-    )
-    keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
-    parallel: str = field(
-        "jit",
-        "jit: one program over all devices; pmap: the same on each",
-        role="execution",
-        choices=("jit", "pmap"),
-    )
-    mesh: str = field("", "axes of the devices, such as data:4,fsdp:2; empty: all on data", role="execution")
-    sharding: str = field(
-        "", "layout of parameters, rules REGEX=AXIS,AXIS;...; empty: over fsdp by size", role="execution"
-    )
-    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def __post_init__(self):
         """Checks each field, and those that belong together."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.distill_recipes import RECIPES
+from poise.launch.execution import ExecutionConfig
 from poise.launch.main import launch
 
 DIVERGENCES = (
@@ -30,7 +31,7 @@ ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig:
+class DistillConfig(ExecutionConfig):
     """The settings of a distillation run; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -98,21 +99,6 @@ class DistillConfig:
     eval_draws: int = field(5, "draws that the reported Fréchet distance is averaged over", role="execution", minimum=1)
     eval_every: int = field(50, "student updates between evaluations; 0: at the end only", role="execution", minimum=0)
     save_every: int = field(100, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
-    save_every_seconds: float = field(
-        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
-    )
-    keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
-    parallel: str = field(
-        "jit",
-        "jit: one program over all devices; pmap: the same on each",
-        role="execution",
-        choices=("jit", "pmap"),
-    )
-    mesh: str = field("", "axes of the devices, such as data:4,fsdp:2; empty: all on data", role="execution")
-    sharding: str = field(
-        "", "layout of parameters, rules REGEX=AXIS,AXIS;...; empty: over fsdp by size", role="execution"
-    )
-    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def __post_init__(self):
         """Checks each field, and those that belong together."""

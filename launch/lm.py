@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.launch.config import ConfigError, field, parse_names, validate
+from poise.launch.execution import ExecutionConfig
 from poise.launch.main import launch
 
 VARIANTS = ("softmax", "softmax_scaled", "lssa", "lssar_p3", "lssar_p15")
@@ -33,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig:
+class LanguageModelConfig(ExecutionConfig):
     """The settings of a language-model run; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -70,22 +71,6 @@ class LanguageModelConfig:
     prompt: str = field("The ", "what the sampled texts begin with", role="execution")
     sample_tokens: int = field(400, "tokens of a sampled text; 0: none", role="execution", minimum=0)
     temperature: float = field(0.8, "of the sampled texts; 0: the likeliest token", role="execution", minimum=0.0)
-    save_every: int = field(200, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
-    save_every_seconds: float = field(
-        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
-    )
-    keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
-    parallel: str = field(
-        "jit",
-        "jit: one program over all devices; pmap: the same on each",
-        role="execution",
-        choices=("jit", "pmap"),
-    )
-    mesh: str = field("", "axes of the devices, such as data:4,fsdp:2; empty: all on data", role="execution")
-    sharding: str = field(
-        "", "layout of parameters, rules REGEX=AXIS,AXIS;...; empty: over fsdp by size", role="execution"
-    )
-    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def __post_init__(self):
         """Checks each field, and those that belong together."""

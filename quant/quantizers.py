@@ -1,5 +1,6 @@
 """The quantizers that reconstruction trains: one small interface over AdaRound, FlexRound, LRQ and NUPES."""
 
+import abc
 import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -36,7 +37,7 @@ Parameters = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class Quantizer:
+class Quantizer(abc.ABC):
     """How the weights of a block are quantized while it is reconstructed; a base of the four below.
 
     Attributes:
@@ -62,21 +63,21 @@ class Quantizer:
         """The axes of a group, for one weight."""
         return tuple(range(jnp.ndim(w) - 1)) if isinstance(self.axis, str) else self.axis
 
+    @abc.abstractmethod
     def init(self, w: Array, key: PRNGKeyArray) -> Parameters:
         """What is learned and what is kept, by name, from a weight and a random key."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def soft(self, w: Array, parameters: Parameters, step: Array, total: int) -> Array:
         """The weight at a step of the reconstruction, from 1 to ``total``; differentiable."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def hard(self, w: Array, parameters: Parameters) -> Array:
         """The quantized weight."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def store(self, w: Array, parameters: Parameters) -> QuantizedTensor:
         """The quantized weight as integers."""
-        raise NotImplementedError
 
     def regularizer(self, parameters: Parameters, step: Array, total: int) -> Array:
         """What is added to the loss at a step."""
