@@ -72,7 +72,8 @@ def comparison_picture(
     ranking.set_title("held-out pairs", fontsize=9)
     ranking.legend(fontsize=7)
     for method, points in courses.items():
-        course.plot(*zip(*points, strict=True), "o-", ms=3, label=_words(method))
+        steps, ranked = [step for step, _ in points], [share for _, share in points]  # none, where none was judged
+        course.plot(steps, ranked, "o-", ms=3, label=_words(method))
     course.set_xlabel("KL to the reference, a token of held-out pairs", fontsize=8)
     course.set_ylabel("pairs ranked right", fontsize=8)
     course.set_title("while training", fontsize=9)

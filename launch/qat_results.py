@@ -153,7 +153,8 @@ def oscillation_picture(
     axes[1].semilogy(count[width - 1 :], np.maximum(flips, 1e-7), color="C1")
     axes[1].set_ylabel(f"share of codes changed in a step, mean of {width}", fontsize=9)
     judged = [(step, row["eval/accuracy"]) for step, row in zip(count, steps, strict=True) if "eval/accuracy" in row]
-    axes[2].plot(*zip(*judged, strict=True), "o-", ms=3, color="C2", label="quantized")
+    places, accuracies = [step for step, _ in judged], [accuracy for _, accuracy in judged]
+    axes[2].plot(places, accuracies, "o-", ms=3, color="C2", label="quantized")
     before = rows["float"][-1].get("eval/accuracy")
     if before is not None:
         axes[2].axhline(before, color="black", lw=0.8, label="float")

@@ -109,6 +109,9 @@ class ValueConfig:
             raise ConfigError(
                 f"updates must be a multiple of updates_per_step = {self.updates_per_step}, got {updates}"
             )
+        rows = updates // self.updates_per_step
+        if self.eval_every and rows % self.eval_every:
+            raise ConfigError(f"eval_every must divide the run's {rows} steps, got {self.eval_every}")
         if self.num_bins == 1:
             raise ConfigError("num_bins must be at least 2, or 0 for what suits the environment, got 1")
         for name in ("num_envs", "min_history"):

@@ -83,6 +83,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
         (["--losses=mse,hl_gaus"], "losses must be among mse, hl_gauss, two_hot, c51, mse_softmax, got 'hl_gaus' (did"),
         (["--losses=mse,mse"], "losses must hold one or more different names, got 'mse,mse'"),
         (["--losses="], "losses must hold one or more different names, got ''"),
+        (["--eval_every=30"], "eval_every must divide the run's 80 steps, got 30"),
         (["--updates=130"], "updates must be a multiple of updates_per_step = 50, got 130"),
         (["--num_bins=1"], "num_bins must be at least 2"),
         (["--buffer_size=10"], "num_envs must be at most buffer_size = 10, got 32"),
