@@ -120,9 +120,8 @@ class Program:
         def step(
             live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: Array
         ) -> tuple[tuple[Any, ...], dict[str, Array], Bool[Array, " leaves"]]:
-            if placement.parallel == "jit":
-                live = _constrained(live, used_live)
-                frozen = _constrained(frozen, used_frozen)
+            live = _moved(live, self.shardings[0], used_live)
+            frozen = _moved(frozen, self.shardings[1], used_frozen)
             # The fold-in completes poise.core.step_key(seed, phase, step).
             state, metrics = algorithm.step(layout.merge(live, frozen), batch, jax.random.fold_in(key, index))
             new_live, _ = layout.split(state)
@@ -171,9 +170,13 @@ class Program:
         return self._step(live, frozen, batch, key, np.uint32(index))
 
 
-def _constrained(leaves: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[Any, ...]:
+def _moved(leaves: tuple[Any, ...], lie: tuple[Any, ...], used: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The leaves as they are used; those that lie so already are left alone."""
     constrain = jax.lax.with_sharding_constraint
-    return tuple(constrain(leaf, sharding) for leaf, sharding in zip(leaves, shardings, strict=True))
+    return tuple(
+        leaf if before == after else constrain(leaf, after)
+        for leaf, before, after in zip(leaves, lie, used, strict=True)
+    )
 
 
 def _checked(metrics: Any, phase: str) -> dict[str, Array]:
