@@ -16,7 +16,7 @@ from poise.launch.loop import FitResult
 from poise.launch.networks import NetworkConfig
 from poise.launch.pictures import curves_picture, samples_picture
 from poise.launch.quality import Judge
-from poise.launch.reports import text_table, write_report
+from poise.launch.results import text_table, write_report
 
 if TYPE_CHECKING:
     from poise.launch.distill import DistillConfig

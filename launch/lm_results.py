@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from poise.launch.checkpoint import restore_tree
 from poise.launch.files import atomic_path
 from poise.launch.lm_phases import QUARTERS, model_of
-from poise.launch.reports import cell, phase_folder, read_rows, text_table, write_report
+from poise.launch.results import cell, phase_folder, read_rows, text_table, write_report
 from poise.launch.texts import Codec
 from poise.nets import generate
 

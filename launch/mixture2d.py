@@ -29,7 +29,7 @@ from poise.launch.distill_phases import settings_of
 from poise.launch.files import atomic_path
 from poise.launch.loop import fit
 from poise.launch.phase import Phase
-from poise.launch.reports import write_report
+from poise.launch.results import write_report
 from poise.metrics import energy_distance, mode_coverage
 from poise.nets import MLP, AffineGenerator, EDMPrecond, MLPHead
 

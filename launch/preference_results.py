@@ -13,7 +13,7 @@ from poise.launch.files import atomic_path
 from poise.launch.preference_data import END, PreferenceData
 from poise.launch.preference_judge import Judge
 from poise.launch.preference_pictures import Strip, comparison_picture
-from poise.launch.reports import cell, phase_folder, read_rows, text_table, write_report
+from poise.launch.results import cell, phase_folder, read_rows, text_table, write_report
 from poise.launch.trigger_task import TRIGGER
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from poise.launch.checkpoint import restore_tree
-from poise.launch.reports import phase_folder
+from poise.launch.results import phase_folder
 from poise.nets import TransformerBlock, VisionTransformer
 from poise.quant import (
     AdaRound,

@@ -21,7 +21,7 @@ from poise.launch.classifier import (
 from poise.launch.files import atomic_path
 from poise.launch.ptq_methods import round_network
 from poise.launch.quantized_files import load_quantized, save_quantized
-from poise.launch.reports import text_table, write_report
+from poise.launch.results import text_table, write_report
 from poise.nets import VisionTransformer, integer_apply
 from poise.quant import QuantizedParams, dequantize_tree
 

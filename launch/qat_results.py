@@ -22,7 +22,7 @@ from poise.launch.loop import FitResult
 from poise.launch.qat_export import FILE, deployed, export_classifier
 from poise.launch.qat_phases import QuantizedState, quantized_model
 from poise.launch.quantized_files import load_quantized
-from poise.launch.reports import read_rows, text_table, write_report
+from poise.launch.results import read_rows, text_table, write_report
 from poise.quant import QuantizedParams
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ import numpy as np
 from poise.launch.checkpoint import restore_tree
 from poise.launch.episodes import play_episodes
 from poise.launch.intervals import interquartile_mean
-from poise.launch.reports import cell, phase_folder, read_rows, text_table, write_report
+from poise.launch.results import cell, phase_folder, read_rows, text_table, write_report
 from poise.launch.value_phases import dqn_config, make_environment, make_network, make_transform
 from poise.launch.value_pictures import Distributions, curves_picture, values_picture
 from poise.rl import Transition

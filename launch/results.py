@@ -18,7 +18,7 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
       rows: as many cells each.
 
     Example:
-      >>> from poise.launch.reports import text_table
+      >>> from poise.launch.results import text_table
       >>> print(text_table(["loss", "score"], [["mse", "0.5"], ["hl_gauss", "10.0"]]))
       loss      score
       ---------------
