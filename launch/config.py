@@ -14,7 +14,7 @@ from absl import flags
 
 from poise.launch.errors import LaunchError
 
-ROLES = ("run", "execution")
+ROLES = ("run", "execution", "argument")
 RESERVED = ("help", "flagfile", "undefok")
 
 Config = TypeVar("Config")
@@ -43,7 +43,8 @@ def field(
       default: the value without the flag: an int, float, bool, str, or tuple of ints.
       help: what the field means, with its unit; the flag's help text.
       role: ``"run"`` for what a resumed run must agree with, ``"execution"`` for what may change when a run is resumed
-        (paths, devices, logging, the total number of steps).
+        (paths, devices, logging, the total number of steps), ``"argument"`` for the one field of type
+        ``tuple[str, ...]``, which has no flag and takes what stands on the command line without one.
       minimum: the smallest value allowed.
       maximum: the largest value allowed.
       exclusive_minimum: the value must be larger than this number.
@@ -107,15 +108,16 @@ def _within(value: Any, metadata: Mapping[str, Any]) -> bool:
 
 TYPES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
 TUPLE = tuple[int, ...]
+TEXTS = tuple[str, ...]
 
 
 def _type_words(kind: Any) -> str:
-    return "whole numbers separated by commas" if kind == TUPLE else TYPES[kind]
+    return {TUPLE: "whole numbers separated by commas", TEXTS: "texts"}.get(kind) or TYPES[kind]
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    if kind == TUPLE:
-        return isinstance(value, tuple) and all(_has_type(entry, int) for entry in value)
+    if kind in (TUPLE, TEXTS):
+        return isinstance(value, tuple) and all(_has_type(entry, typing.get_args(kind)[0]) for entry in value)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     return type(value) is kind
@@ -125,7 +127,7 @@ def _problem(value: Any, kind: Any, metadata: Mapping[str, Any]) -> str | None:
     """What the value should have been, or None where it is fine."""
     if not _has_type(value, kind):
         return " ".join(filter(None, (_type_words(kind), allowed(metadata))))
-    entries = value if kind == TUPLE else (value,)
+    entries = value if kind in (TUPLE, TEXTS) else (value,)
     return None if all(_within(entry, metadata) for entry in entries) else allowed(metadata)
 
 
@@ -139,7 +141,10 @@ def config_fields(cls: type) -> dict[str, tuple[dataclasses.Field, Any, Mapping[
         if "poise" not in entry.metadata:
             raise TypeError(f"{cls.__name__}.{entry.name} must be declared with poise.launch.config.field")
         kind = hints[entry.name]
-        if kind not in TYPES and kind != TUPLE:
+        if entry.metadata["poise"]["role"] == "argument":
+            if kind != TEXTS or TEXTS in [other for _, other, _ in fields.values()]:
+                raise TypeError(f"{cls.__name__}.{entry.name} must be a tuple[str, ...], and the only argument")
+        elif kind not in TYPES and kind != TUPLE:
             raise TypeError(f"{cls.__name__}.{entry.name} must be an int, float, bool, str or tuple[int, ...]")
         if entry.name in RESERVED:
             raise TypeError(f"{cls.__name__}.{entry.name}: --{entry.name} is a flag of every launcher")
@@ -224,6 +229,9 @@ def _text(value: Any) -> str:
 def _define(fields: Mapping[str, tuple[dataclasses.Field, Any, Mapping[str, Any]]], prog: str) -> flags.FlagValues:
     values = flags.FlagValues()
     for name, (_, kind, metadata) in fields.items():
+        if kind == TEXTS:
+            values.set_gnu_getopt(True)  # flags may stand behind arguments
+            continue
         if kind is bool:
             flag = flags.BooleanFlag(name, None, metadata["help"])
             flag.parser = _BooleanParser()
@@ -272,7 +280,10 @@ def _exit(prog: str, sentence: str) -> NoReturn:
 
 
 def _help(fields, recipes: Mapping[str, Mapping[str, Any]], default_recipe: str | None, prog: str, about: str) -> str:
-    lines = [f"usage: {prog} [--flag=value ...]", "", *textwrap.wrap(about, 110), ""]
+    arguments = [(name, meta["help"]) for name, (_, kind, meta) in fields.items() if kind == TEXTS]
+    usage = "".join(f" {name.upper()} ..." for name, _ in arguments)
+    lines = [f"usage: {prog}{usage} [--flag=value ...]", "", *textwrap.wrap(about, 110), ""]
+    lines += [line for name, text in arguments for line in (f"  {name.upper()}  {text}", "")]
     if recipes:
         lines += ["--recipe=NAME picks a preset; flags override it:"]
         for name, overrides in recipes.items():
@@ -358,13 +369,14 @@ def parse_config(
     try:
         rest = values([prog, *argv])[1:]
     except flags.UnrecognizedFlagError as error:
-        names = [*fields, "recipe", "help"]
-        _exit(prog, f"unknown flag --{error.flagname}{nearest(error.flagname, names)}; --help lists all flags")
+        known = nearest(error.flagname, [*values, "help"])
+        _exit(prog, f"unknown flag --{error.flagname}{known}; --help lists all flags")
     except flags.IllegalFlagValueError as error:
         _exit(prog, _illegal(error, fields))
     except flags.Error as error:
         _exit(prog, " ".join(str(error).split()))
-    if rest:
+    argument = next((name for name, (_, kind, _) in fields.items() if kind == TEXTS), None)
+    if rest and argument is None:
         _exit(prog, f"unexpected argument {rest[0]!r}; a launcher takes only flags of the form --name=value")
 
     recipe = values["recipe"].value or default_recipe
@@ -372,7 +384,9 @@ def parse_config(
         known = ", ".join(recipes) or "none (this launcher has no recipes)"
         _exit(prog, f"unknown recipe {recipe!r}{nearest(recipe, list(recipes))}; the recipes are {known}")
     settings = dict(recipes.get(recipe, {})) if recipe else {}
-    settings |= {name: values[name].value for name in fields if values[name].present}
+    settings |= {name: values[name].value for name in fields if name in values and values[name].present}
+    if argument is not None and rest:
+        settings[argument] = tuple(rest)
     for name, (_, kind, _) in fields.items():
         if kind is float and name in settings:
             settings[name] = float(settings[name])

@@ -169,6 +169,67 @@ def test_declaration_mistakes():
             parse_config(cls, {}, [], prog="demo", description="")
 
 
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    folders: tuple[str, ...] = field((), "folders of runs", role="argument")
+    output: str = field("out", "the file")
+
+    def __post_init__(self):
+        validate(self)
+
+
+def parse_tool(*argv):
+    return parse_config(Tool, {}, argv, prog="tool", description="A tool.")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("a", "b,c", "--output=x"),
+        ("--output=x", "a", "b,c"),
+        ("a", "--output", "x", "b,c"),
+        ("--output=x", "--", "a", "b,c"),
+    ],
+)
+def test_arguments_stand_anywhere_between_the_flags(argv):
+    assert parse_tool(*argv) == Tool(("a", "b,c"), "x")
+
+
+def test_arguments_may_be_missing_and_may_look_like_flags_behind_two_dashes():
+    assert parse_tool() == Tool()
+    assert parse_tool("--output=x", "--", "--output=y") == Tool(("--output=y",), "x")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [(["a", "--folders=b"], "unknown flag --folders;"), (["a", "--ouput=b"], "did you mean output?")],
+)
+def test_an_argument_has_no_flag(argv, words, capsys):
+    with pytest.raises(SystemExit):
+        parse_tool(*argv)
+    assert words in capsys.readouterr().err
+
+
+def test_help_shows_the_arguments(capsys):
+    with pytest.raises(SystemExit):
+        parse_tool("--help")
+    out = capsys.readouterr().out
+    assert out.startswith("usage: tool FOLDERS ... [--flag=value ...]")
+    assert "FOLDERS  folders of runs" in out
+    assert "--folders" not in out
+
+
+def test_only_one_field_takes_the_arguments_and_it_holds_texts():
+    with pytest.raises(ConfigError, match="folders must be texts"):
+        Tool(folders=("a", 1))  # pyright: ignore[reportArgumentType]
+    number = dataclasses.make_dataclass("Number", [("n", int, field(1, "x", role="argument"))], frozen=True)
+    flag = dataclasses.make_dataclass("Flag", [("n", tuple[str, ...], field((), "x"))], frozen=True)
+    two = [(name, tuple[str, ...], field((), "x", role="argument")) for name in "ab"]
+    for cls in (number, flag, dataclasses.make_dataclass("Two", two, frozen=True)):
+        with pytest.raises(TypeError, match="must be a"):
+            parse_config(cls, {}, [], prog="demo", description="")
+
+
 def test_neither_jax_nor_anything_heavy_is_imported():
     code = (
         "import sys, poise.launch, poise.launch.config; "
