@@ -121,6 +121,10 @@ def read_run(folder: str, name: str) -> RunRecord:
     for entry in _first(record, sorted(results, key=lambda entry: entry != REPORT_FILE), _MAX_JSON_FILES, "results"):
         if content := _json(record, path, entry):
             record.results[entry] = content
+    seconds = record.results.get(REPORT_FILE, {}).get("seconds")
+    if not record.seconds and isinstance(seconds, dict):
+        for phase, value in list(seconds.items())[:_MAX_CURVES]:
+            _take_timing(record, phase, 0, {"seconds": value})
     endings = (".png", ".gif", ".jpg", ".jpeg")
     pictures = [entry for entry in names if entry.lower().endswith(endings) and not entry.startswith(".")]
     for entry in _first(record, pictures, _MAX_PICTURES, "pictures"):

@@ -9,7 +9,7 @@ Record = Mapping[str, Any]
 
 # Told elsewhere in the page.
 _ELSEWHERE = ("config", "versions", "seconds", "devices", "seed")
-_MAX_DEPTH, _MAX_FIGURES, _MAX_RECORDS = 4, 60, 200
+_MAX_DEPTH, _MAX_FIGURES, _MAX_RECORDS, _MAX_NAMES = 4, 60, 200, 200
 _SHOWN_ENTRIES = 2
 
 
@@ -25,7 +25,7 @@ class Table(NamedTuple):
 
     title: str
     figures: tuple[str, ...]
-    records: dict[str, dict[int, Record]]
+    records: Mapping[str, Mapping[int, Record]]
     left_out: int
 
 
@@ -47,10 +47,12 @@ def tables_of(contents: Mapping[int, Record]) -> list[Table]:
     whole: dict[int, dict[str, Any]] = {}
     titled: dict[str, dict[str, dict[int, Record]]] = {}
     single: dict[str, dict[int, Record]] = {}
+    names = [name for name in _union(contents.values()) if name not in _ELSEWHERE]
     for run, content in contents.items():
-        for name, value in content.items():
-            if name in _ELSEWHERE:
+        for name in names[:_MAX_NAMES]:
+            if name not in content:
                 continue
+            value = content[name]
             entries = _entries(value)
             if entries is not None:
                 for entry, record in entries.items():
@@ -59,25 +61,27 @@ def tables_of(contents: Mapping[int, Record]) -> list[Table]:
                 single.setdefault(name, {})[run] = _flat(value)
             else:
                 whole.setdefault(run, {})[name] = value
-    groups: list[dict[str, dict[int, Record]]] = []
+    groups: list[tuple[set[str], dict[str, dict[int, Record]]]] = []
     for name, records in single.items():
         own = set(_union(records.values()))
-        for group in groups:
-            others = set(_union(record for first in group.values() for record in first.values()))
-            if 2 * len(own & others) >= len(own | others):
+        for others, group in groups:
+            shared = len(own & others)
+            if 2 * shared >= len(own) + len(others) - shared:
                 group[name] = records
                 break
         else:
-            groups.append({name: records})
-    tables = [_table("" if len(group) > 1 else next(iter(group)), group) for group in groups]
+            groups.append((own, {name: records}))
+    tables = [_table("" if len(group) > 1 else next(iter(group)), group) for _, group in groups]
     tables += [_table(title, records) for title, records in titled.items()]
-    return [*tables, _table("", {"": whole})] if whole else tables
+    if len(names) > _MAX_NAMES or whole:
+        tables.append(_table("", {"": whole}, len(names[_MAX_NAMES:])))
+    return tables
 
 
-def _table(title: str, records: dict[str, dict[int, Record]]) -> Table:
+def _table(title: str, records: Mapping[str, Mapping[int, Record]], left_out: int = 0) -> Table:
     figures = _union(record for by_run in records.values() for record in by_run.values())
     shown = dict(list(records.items())[:_MAX_RECORDS])
-    left_out = max(0, len(figures) - _MAX_FIGURES) + len(records) - len(shown)
+    left_out += max(0, len(figures) - _MAX_FIGURES) + len(records) - len(shown)
     return Table(title, figures[:_MAX_FIGURES], shown, left_out)
 
 
@@ -97,7 +101,7 @@ def _entries(value: Any) -> dict[str, Record] | None:
 def _labels(rows: Sequence[Record]) -> list[str]:
     """Names of the records of a list: their texts, with as many of their whole numbers as make them differ."""
     labels = [[value for value in row.values() if isinstance(value, str)] for row in rows]
-    numbers = [key for key, value in rows[0].items() if type(value) is int]
+    numbers = [key for key, value in rows[0].items() if type(value) is int][:3]
     for key in numbers:
         if len({tuple(label) for label in labels}) == len(rows):
             break

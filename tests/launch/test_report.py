@@ -324,6 +324,33 @@ def test_any_rows_make_a_curve_that_can_be_drawn(values, times):
             assert abs(float(number)) < 1000
 
 
+JSON = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.integers(-(10**400), 10**400),
+        st.floats(),
+        st.sampled_from(["", "a", "b", EVIL, "seconds", "versions", "rows"]),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=4), st.dictionaries(st.sampled_from(["", "a", "b", EVIL, "seed"]), inner, max_size=4)
+    ),
+    max_leaves=25,
+)
+NAMES = st.sampled_from(["a", "b", "config", "devices", "seconds", "seed", "versions", EVIL])
+
+
+@given(st.lists(st.dictionaries(NAMES, JSON, max_size=5), min_size=1, max_size=3))
+@settings(max_examples=50, deadline=None)
+def test_any_json_makes_a_page(contents):
+    runs = [
+        report_run.RunRecord("folder", f"run {i}", content, {"report.json": content})
+        for i, content in enumerate(contents)
+    ]
+    text = report_page.page(runs, "", 0.05)
+    check_self_contained(text, Page(text))
+
+
 def test_rows_of_several_seeds_are_a_mean_in_a_band(tmp_path):
     rows = [{"phase": "p", "step": i, "return": [i, 2 * i, None, 3 * i], "one": i} for i in (1, 2, 3)]
     run = make_run(tmp_path / "a", rows)
@@ -528,6 +555,20 @@ def test_what_is_too_large_or_too_much_is_left_out_with_a_sentence(tmp_path, mon
     assert "197 more metrics are not drawn." in parsed.text
     (tmp_path / "b" / "metrics.jsonl").write_text("x\n" * 5000)
     assert "metrics.jsonl is not read to its end: 1,000 lines are damaged." in read_run(other, "b").notes
+
+
+def test_seconds_come_from_the_report_where_the_file_of_times_is_missing(tmp_path):
+    run = make_run(tmp_path / "a", report_json={"seconds": {"train": 61.0, "none": None}})
+    assert ["train", "1 min 01 s"] in make_page(tmp_path, run)[1].cells()
+
+
+def test_large_results_are_cut(tmp_path):
+    rows = [{"name": "x", **{f"k{j}": 0 for j in range(50)}} for _ in range(300)]
+    content = {"rows": rows, "wide": {f"w{i}": 1.5 for i in range(100)}, **{f"z{i}": {f"{i}": 1} for i in range(400)}}
+    _, parsed = make_page(tmp_path, make_run(tmp_path / "a", report_json=content))
+    left_out = [int(words) for words in re.findall(r"(\d+) figures or rows were left out", parsed.text)]
+    assert left_out == [40, 100, 202]
+    assert len(parsed.find("table")) < 210
 
 
 def test_many_notes_end(tmp_path):
