@@ -5,6 +5,7 @@ import unicodedata
 
 _LONGEST = 300
 _VOID = ("img", "input", "meta")
+_LONG = ("d", "src")  # attributes that are never shortened
 
 
 class Markup(str):
@@ -26,7 +27,10 @@ def element(tag: str, *children: Markup | str | None, **attributes: str | int | 
     """
     words = {"cls": "class", "label_for": "for", "view_box": "viewBox"}
     shown = {words.get(name, name.replace("_", "-")): value for name, value in attributes.items() if value is not None}
-    head = "".join(f' {name}="{html.escape(clean(str(value), longest=None))}"' for name, value in shown.items())
+    head = "".join(
+        f' {name}="{html.escape(clean(str(value), None if name in _LONG else 4 * _LONGEST))}"'
+        for name, value in shown.items()
+    )
     if tag in _VOID:
         return Markup(f"<{tag}{head}>")
     inner = "".join(

@@ -194,15 +194,15 @@ def _picture(data: bytes) -> Picture:
 
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of a decompression bomb
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(data), formats=tuple(_PICTURE_TYPES)) as image:
                 width, height = image.size
                 if width * height > _MAX_PIXELS:
-                    raise _Unusable(f"is left out: it has more than {_MAX_PIXELS // 10**6} million pixels")
+                    raise Image.DecompressionBombError
                 image.load()
                 return Picture(data, _PICTURE_TYPES[str(image.format)], width, height)
-    except _Unusable:
-        raise
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise _Unusable(f"is left out: it has more than {_MAX_PIXELS // 10**6} million pixels") from error
     except Exception as error:  # decoders raise whatever they stumble over
         raise _Unusable("is left out: it is no picture that can be decoded as PNG, GIF or JPEG") from error
 

@@ -9,8 +9,10 @@ import json
 import os
 import pathlib
 import re
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -526,6 +528,9 @@ def test_what_is_too_large_or_too_much_is_left_out_with_a_sentence(tmp_path, mon
     run = make_run(tmp_path / "a", many, x_txt=b"y" * 30_000, big_json={"x": "y" * 5_000_000})
     (tmp_path / "a" / "big.png").write_bytes(png() + bytes(4_000_000))
     (tmp_path / "a" / "bomb.png").write_bytes(png((9000, 9000)))
+    header = b"IHDR" + struct.pack(">IIBBBBB", 100_000, 100_000, 8, 2, 0, 0, 0)
+    claim = png()[:12] + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
+    (tmp_path / "a" / "claim.png").write_bytes(claim)
     for i in range(14):
         (tmp_path / "a" / f"{i:02}.gif").write_bytes(png(kind="GIF"))
     record = read_run(run, "a")
@@ -533,7 +538,7 @@ def test_what_is_too_large_or_too_much_is_left_out_with_a_sentence(tmp_path, mon
         "Only its first 200 curves are drawn.",
         "Of x.txt only the first 20,000 characters are shown.",
         "big.json is left out: it is larger than 4 MB.",
-        "Only the first 12 of its 16 pictures are shown.",
+        "Only the first 12 of its 17 pictures are shown.",
     }
     assert len(record.curves["p"]) == 200
     for i in range(14):
@@ -541,6 +546,7 @@ def test_what_is_too_large_or_too_much_is_left_out_with_a_sentence(tmp_path, mon
     assert set(read_run(run, "a").notes) >= {
         "big.png is left out: it is larger than 3 MB.",
         "bomb.png is left out: it has more than 40 million pixels.",
+        "claim.png is left out: it has more than 40 million pixels.",
     }
     monkeypatch.setattr(report_run, "_MAX_LINES_BYTES", 100)
     assert "Of metrics.jsonl only the first 0 MB were read." in read_run(run, "a").notes
