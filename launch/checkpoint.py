@@ -11,6 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
+from poise.launch.agreement import agree, main_says, only_main
 from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
 from poise.launch.leaves import Layout, dtype_named, nest
@@ -20,6 +21,7 @@ from poise.launch.manifest import (
     CheckpointError,
     Damaged,
     checkpointer,
+    checkpoints_at,
     content_hash,
     describe,
     frozen_home,
@@ -132,8 +134,8 @@ class CheckpointStore:
         """
         reader = _Reader(tuple(layouts), tuple(shardings), make_frozen)
         with quiet_orbax(), reading(self.directory):
-            self._clean()
-            self._check_phases()
+            only_main(self._clean)
+            agree(self._check_phases, CheckpointError)
             return self._restore_newest(reader)
 
     def _check_phases(self) -> None:
@@ -146,7 +148,7 @@ class CheckpointStore:
     def _restore_newest(self, reader: _Reader) -> Restored | None:
         damaged: list[tuple[pathlib.Path, Damaged]] = []
         for phase in reversed(range(len(self._phases))):
-            for step in saved_steps(self._folders[phase]):
+            for step in main_says(saved_steps(self._folders[phase])):
                 try:
                     restored = self._restore(reader, phase, step)
                 except Damaged as error:
@@ -167,7 +169,7 @@ class CheckpointStore:
 
     def _restore(self, reader: _Reader, phase: int, step: int) -> Restored:
         path, layout = self.path(phase, step), reader.layouts[phase]
-        meta = read_meta(path)
+        meta = agree(lambda: read_meta(path), Damaged, CheckpointError)
         self._check_same_run(path, meta, phase, step)
         manifest = matching(path, meta["leaves"], layout.live_names, layout.abstract_live)
         live = read_leaves(path, manifest, layout.abstract_live, reader.shardings[phase][0])
@@ -179,7 +181,7 @@ class CheckpointStore:
     def _restore_frozen(self, reader: _Reader, phase: int, home: pathlib.Path) -> tuple[jax.Array, ...]:
         layout = reader.layouts[phase]
         try:
-            manifest = read_frozen_manifest(home)
+            manifest = agree(lambda: read_frozen_manifest(home), Damaged, CheckpointError)
             manifest = matching(home, manifest, layout.frozen_names, layout.abstract_frozen)
             frozen = read_leaves(home, manifest, layout.abstract_frozen, reader.shardings[phase][1])
         except Damaged as error:
@@ -196,7 +198,7 @@ class CheckpointStore:
         """What the phase starts with, from the end of the one before; nothing where that is damaged, too."""
         previous = None
         if phase:
-            steps = saved_steps(self._folders[phase - 1])
+            steps = main_says(saved_steps(self._folders[phase - 1]))
             if not steps:
                 return ()
             try:
@@ -219,13 +221,16 @@ class CheckpointStore:
 
     def _put_aside(self, path: pathlib.Path) -> None:
         """Moves a damaged checkpoint out of the way, where it can still be looked at."""
-        if not path.exists():
-            return
         home = self.directory / "damaged"
-        home.mkdir(exist_ok=True)
-        target = home / f"{path.parent.name}_{path.name}"
-        shutil.rmtree(target, ignore_errors=True)
-        path.rename(target)
+
+        def move() -> None:
+            if path.exists():
+                home.mkdir(exist_ok=True)
+                target = home / f"{path.parent.name}_{path.name}"
+                shutil.rmtree(target, ignore_errors=True)
+                path.rename(target)
+
+        only_main(move)
 
     def _clean(self) -> None:
         """Removes what a killed process left half-written; the folder's lock is held, so nobody writes now."""
@@ -287,15 +292,18 @@ class CheckpointStore:
             return self._frozen[1]
         manifest = self._manifest_of(layout, frozen)
         path = self.directory / "frozen" / content_hash(manifest)[:32]
-        if path.exists():
+        there = main_says(path.exists())
+        if there:
             try:  # from before; what refers to it from now on shall find it whole
                 shardings = [leaf.sharding for leaf in frozen]
-                read_leaves(path, read_frozen_manifest(path), layout.abstract_frozen, shardings)
+                found = agree(lambda: read_frozen_manifest(path), Damaged, CheckpointError)
+                read_leaves(path, found, layout.abstract_frozen, shardings)
             except Damaged as error:
                 self._put_aside(path)
+                there = False
                 self._log(f"warning: {path} is damaged and is written anew: {error}")
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not there:
+            only_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
             with checkpointer() as writer:
                 writer.save(path, args=save_args(layout.frozen_names, frozen, {"format": FORMAT, "leaves": manifest}))
         self._frozen = (frozen, path.name)
@@ -319,7 +327,7 @@ class CheckpointStore:
         if self._manager is None or self._manager_phase != phase:
             self.close()
             self._quiet.enter_context(quiet_orbax())
-            self._folders[phase].mkdir(parents=True, exist_ok=True)
+            only_main(lambda: self._folders[phase].mkdir(parents=True, exist_ok=True))
             options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
             self._manager = ocp.CheckpointManager(self._folders[phase], options=options, item_names=ITEMS)
             self._manager_phase = phase
@@ -358,19 +366,6 @@ class CheckpointStore:
                 quiet.close()
 
 
-def _checkpoints(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """The checkpoints at or under a path, newest first: one checkpoint, a phase, or a run's folder."""
-    root = path
-    if (path / "checkpoints").is_dir():  # a run's folder may have a number for a name, too
-        root = path / "checkpoints"
-    elif path.name.isdecimal():
-        yield path
-        return
-    folders = sorted((folder for folder in root.glob("[0-9][0-9]*_*") if folder.is_dir()), reverse=True) or [root]
-    for folder in folders:
-        yield from (folder / str(step) for step in saved_steps(folder))
-
-
 def restore_tree(path: str | os.PathLike[str]) -> PyTree:
     """Reads a checkpoint without knowing what is in it: nested dictionaries of arrays on the first device.
 
@@ -402,7 +397,7 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
       3.0
     """
     origin = pathlib.Path(path).expanduser().absolute()
-    checkpoint = next(_checkpoints(origin), None)
+    checkpoint = next(checkpoints_at(origin), None)
     if checkpoint is None:
         raise CheckpointError(f"there is no checkpoint in {origin}")
     with quiet_orbax(), reading(checkpoint):

@@ -1,10 +1,12 @@
 """Where batches come from: a batch is a pure function of (seed, step), so a resumed run needs only its step."""
 
 import concurrent.futures
+import copy
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 import numpy as np
 
 from poise.launch.errors import LaunchError
@@ -18,6 +20,10 @@ class DataError(LaunchError, ValueError):
 class Data(Protocol):
     """What a phase reads.
 
+    With several processes, a source with a method ``for_host(index, count)`` is asked for one that reads a block of
+    each batch alone, as the sources of this module are. Of any other the whole batch is read in every process, where it
+    must be the same, and its block is cut out.
+
     Attributes:
       batch_axis: the axis of every leaf that counts examples; the others are never split over devices.
       batch_size: examples per global batch; 0 where there are none.
@@ -27,7 +33,7 @@ class Data(Protocol):
     batch_size: int
 
     def batch(self, step: int) -> Any:
-        """This host's part of the batch of a step, from 0; the same whenever it is asked for."""
+        """The batch of a step, from 0; the same whenever it is asked for."""
         ...
 
 
@@ -166,6 +172,13 @@ class Shuffled:
         self._hosts = (process_index, process_count)
         self._indices(0)
 
+    def for_host(self, index: int, count: int) -> "Shuffled":
+        """The same examples, of which one of ``count`` hosts reads its block."""
+        part = copy.copy(self)
+        part._hosts = (index, count)
+        part._indices(0)
+        return part
+
     def _indices(self, step: int) -> np.ndarray:
         return batch_indices(self.seed, step, self.batch_size, self._num_examples, *self._hosts)
 
@@ -248,6 +261,10 @@ class Prefetched:
         self._coming: dict[int, concurrent.futures.Future] = {}
         self._last = -2
 
+    def for_host(self, index: int, count: int) -> "Prefetched":
+        """The same, of which one of ``count`` hosts reads its block."""
+        return Prefetched(for_host(self._data, index, count), self._num_steps, self._ahead)
+
     def batch(self, step: int) -> Any:
         """This host's part of the batch of a step, from 0."""
         ahead = self._ahead if step - 1 == self._last else 0  # not for a look at the first batch's shapes
@@ -259,6 +276,47 @@ class Prefetched:
             if number not in self._coming:
                 self._coming[number] = self._pool.submit(self._data.batch, number)
         return self._coming.pop(step).result()
+
+
+def for_host(data: Data, index: int, count: int) -> Data:
+    """What one of several hosts reads of a source.
+
+    Args:
+      data: the source.
+      index: the block's place in each batch.
+      count: blocks a batch has.
+
+    Returns:
+      A source of the batches ``[index * B / count, (index + 1) * B / count)`` of each batch.
+
+    Example:
+      >>> import numpy as np
+      >>> from poise.launch.data import InMemory, for_host
+      >>> data = InMemory({"x": np.arange(8)}, batch_size=4, seed=0)
+      >>> (for_host(data, 1, 2).batch(0)["x"] == data.batch(0)["x"][2:]).all().item()
+      True
+    """
+    own = getattr(data, "for_host", None)
+    if own is not None:
+        return own(index, count)
+    return data if count == 1 else _Block(data, index, count)
+
+
+class _Block:
+    """A block of every batch of a source that knows nothing of hosts."""
+
+    def __init__(self, data: Data, index: int, count: int):
+        self.batch_axis, self.batch_size = data.batch_axis, data.batch_size
+        self._data, self._index, self._count = data, index, count
+
+    def _cut(self, leaf: Any) -> np.ndarray:
+        leaf = np.asarray(leaf)
+        share = leaf.shape[self.batch_axis] // self._count
+        return leaf.take(range(self._index * share, (self._index + 1) * share), self.batch_axis)
+
+    def batch(self, step: int) -> Any:
+        """This host's part of the batch of a step, from 0."""
+        return jax.tree.map(self._cut, self._data.batch(step))
 
 
 class NoData:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from poise.launch.config import ConfigError
 from poise.launch.errors import LaunchError
-from poise.launch.leaves import Layout, is_key
+from poise.launch.leaves import Layout, from_data, is_key, to_data
 from poise.launch.sharding import DATA, FSDP, LeafSpecs, Rules, parse_mesh, parse_rules
 
 PARALLEL = ("jit", "pmap")
@@ -57,6 +57,11 @@ class Placement:
         chosen = jax.devices() if devices is None else list(devices)
         if not chosen:
             raise ValueError("devices must name at least one device, got none")
+        hosts = {device.process_index for device in chosen}
+        if len(hosts) < jax.process_count():
+            raise ValueError(f"devices must be of all {jax.process_count()} processes, got those of {sorted(hosts)}")
+        if len(hosts) > 1:  # each process's devices follow one another, as its block of a batch does
+            chosen = sorted(chosen, key=lambda device: (device.process_index, device.id))
         sizes = parse_mesh(mesh, len(chosen))
         rules = parse_rules(sharding) if isinstance(sharding, str) else sharding
         if parallel == "pmap" and (rules or sizes[DATA] < len(chosen)):
@@ -70,6 +75,14 @@ class Placement:
         self.specs = LeafSpecs(sizes, rules)
         self._batch_axes = [axis for axis in (DATA, FSDP) if axis in sizes]
         self.batch_shards = math.prod(sizes[axis] for axis in self._batch_axes)
+        self.several = len(hosts) > 1
+        self.block = self._own_block() if self.several else (0, 1)
+
+    def _own_block(self) -> tuple[int, int]:
+        parts: dict[int, set[int]] = {}
+        for device, (index,) in self.batch_sharding(0).devices_indices_map((self.batch_shards,)).items():
+            parts.setdefault(device.process_index, set()).add(index.start or 0)
+        return block_of(parts, jax.process_index())
 
     def batch_sharding(self, batch_axis: int) -> NamedSharding:
         """How the leaves of a batch lie: split along one axis."""
@@ -104,8 +117,51 @@ class Placement:
 
         return tuple(of(name, sharding) for name, sharding in zip(names, shardings, strict=True))
 
-    def check_batch(self, batch: PyTree, batch_axis: int, name: str) -> None:
+    def own_copy(self, tree: PyTree) -> PyTree:
+        """A state on this process's devices alone, for those who use it without the other processes.
+
+        What is split over processes is put together, which takes all of them. With one process it is the state itself.
+        """
+        if not self.several:
+            return tree
+        try:
+            local = self.mesh.local_mesh
+        except ValueError:  # this process's devices are no box of the mesh
+            own_devices = [device for device in self.devices if device.process_index == jax.process_index()]
+            local = Mesh(np.array(own_devices), (DATA,))
+
+        def own(leaf: jax.Array) -> jax.Array:
+            data = to_data(leaf)
+            spec = data.sharding.spec
+            if any(local.shape.get(axis, 0) < self.mesh.shape[axis] for axis in _axes(spec)):
+                data, spec = jax.device_put(data, self.replicated), PartitionSpec()
+            shards = [shard.data for shard in data.addressable_shards]
+            placed = jax.make_array_from_single_device_arrays(data.shape, NamedSharding(local, spec), shards)
+            return from_data(placed, leaf.dtype)
+
+        return jax.tree.map(own, tree)
+
+    def everywhere(self, tree: PyTree) -> PyTree:
+        """Arrays that every process holds, whole on every device."""
+        if not self.several:
+            return jax.device_put(tree, self.replicated)
+
+        def spread(leaf: Any) -> jax.Array:
+            leaf = jax.numpy.asarray(leaf)
+            data = np.asarray(to_data(leaf))
+            placed = jax.make_array_from_callback(data.shape, self.replicated, lambda index: data[index])
+            return from_data(placed, leaf.dtype)
+
+        return jax.tree.map(spread, tree)
+
+    def check_batch(self, batch: PyTree, batch_axis: int, name: str, batch_size: int = 0) -> None:
         """Makes sure that every leaf of a batch can be split.
+
+        Args:
+          batch: the whole batch.
+          batch_axis: the axis that counts examples.
+          name: the phase's.
+          batch_size: what its source says of it, which several processes rely on; 0: nothing.
 
         Raises:
           DeviceError: naming the phase, the leaf, the size and the number of devices.
@@ -116,14 +172,59 @@ class Placement:
                 raise DeviceError(
                     f"{where} has shape {leaf.shape}, which has no axis {batch_axis} that counts examples"
                 )
+            if self.several and batch_size and leaf.shape[batch_axis] != batch_size:
+                raise DeviceError(
+                    f"{where} has {leaf.shape[batch_axis]} examples, but its source speaks of {batch_size}; a source "
+                    "without for_host gives the whole batch in every process"
+                )
             if leaf.shape[batch_axis] % self.batch_shards:
                 raise DeviceError(
                     f"{where} has {leaf.shape[batch_axis]} examples, which {self.batch_shards} devices can't share"
                 )
 
     def place_batch(self, batch: Any, batch_axis: int) -> PyTree:
-        """A batch on the devices; returns before the copies are done."""
-        return jax.device_put(batch, self.batch_sharding(batch_axis))
+        """A batch, or this process's block of one, on the devices; returns before the copies are done."""
+        sharding = self.batch_sharding(batch_axis)
+        if not self.several:
+            return jax.device_put(batch, sharding)
+
+        def spread(leaf: Any) -> jax.Array:
+            data = np.asarray(jax.numpy.asarray(leaf))  # with jax's types
+            shape = list(data.shape)
+            shape[batch_axis] *= self.block[1]
+            return jax.make_array_from_process_local_data(sharding, data, tuple(shape))
+
+        return jax.tree.map(spread, batch)
+
+
+def block_of(parts: Mapping[int, set[int]], process: int) -> tuple[int, int]:
+    """Which block of every batch a process reads, and how many blocks there are.
+
+    Args:
+      parts: of a batch that is cut into as many parts as devices share it, those on each process's devices.
+      process: the process.
+
+    Raises:
+      ConfigError: if the mesh gives some process no block.
+
+    Example:
+      >>> from poise.launch.devices import block_of
+      >>> block_of({0: {0, 1}, 1: {2, 3}}, process=1), block_of({0: {0, 1}, 1: {0, 1}}, process=1)
+      ((1, 2), (0, 1))
+    """
+    number, share = 1 + max(map(max, parts.values())), len(parts[process])
+    for other, own in parts.items():
+        if sorted(own) != list(range(min(own), min(own) + share)) or min(own) % share or number % share:
+            raise ConfigError(
+                f"mesh gives process {other} the parts {sorted(own)} of the {number} of each batch, but every process "
+                "reads one block of the same size; name the axes in another order"
+            )
+    return min(parts[process]) // share, number // share
+
+
+def _axes(spec: PartitionSpec) -> set[str]:
+    """The axes of the mesh that a leaf is split over."""
+    return {axis for axes in spec if axes is not None for axis in (axes if isinstance(axes, tuple) else (axes,))}
 
 
 def check_devices(config: Any, *batch_sizes: str) -> None:

@@ -1,10 +1,12 @@
 """Checksums of arrays, computed where the arrays are: the same on any device and for any sharding."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
 from poise.launch.leaves import to_data
@@ -69,5 +71,17 @@ def digests(leaves: Sequence[Array]) -> list[str]:
       >>> digests([jnp.zeros(3), jnp.zeros(3, bool)]) == digests([jnp.zeros(3), jnp.zeros(3, bool)])
       True
     """
-    sums = jax.device_get([checksum(leaf) for leaf in leaves])
+    sums = jax.device_get([_replicated(leaf) for leaf in leaves])
     return ["".join(f"{int(word):08x}" for word in pair) for pair in sums]
+
+
+def _replicated(leaf: Array) -> Array:
+    """The checksum where each process finds it; of an array over several processes, all of them take part."""
+    if leaf.is_fully_addressable:
+        return checksum(leaf)
+    return _checksum_over(leaf.sharding.mesh)(leaf)
+
+
+@functools.lru_cache(maxsize=8)
+def _checksum_over(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(checksum, out_shardings=NamedSharding(mesh, PartitionSpec()))

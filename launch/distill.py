@@ -212,6 +212,7 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
         return run_mixture2d(config, workdir)
     import jax
 
+    from poise.launch.agreement import is_main, main_first
     from poise.launch.distill_phases import distill_phases, network_of
     from poise.launch.distill_results import write_results
     from poise.launch.image_sets import ImageSplits, Unlabelled, first_images, open_images
@@ -221,7 +222,7 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
     from poise.launch.teachers import describe_teacher, load_teacher
 
     data_dir = config.data_dir or (workdir / "data" if config.data == "digits" else "")
-    images = open_images(config.data, data_dir, config.image_size)
+    images = main_first(lambda: open_images(config.data, data_dir, config.image_size))
     loaded = load_teacher(config.teacher) if config.teacher else None
     if loaded is not None and not loaded.network.num_classes:
         images = ImageSplits(*map(Unlabelled, images))
@@ -233,7 +234,8 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
     else:
         scale = PixelScale.fit(train["image"], images.train.maximum) if config.data == "digits" else PixelScale.edm()
         network, start = network_of(config, images.train), None
-        describe_teacher(workdir, network, scale, class_names, config.teacher_steps)
+        if is_main():
+            describe_teacher(workdir, network, scale, class_names, config.teacher_steps)
     judge = Judge(train, held_out, scale)
     result = fit(
         distill_phases(config, network, images.train, judge),
@@ -247,7 +249,8 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
         mesh=config.mesh,
         sharding=config.sharding,
     )
-    write_results(config, network, result, train, judge, class_names, workdir)
+    if is_main():
+        write_results(config, network, result, train, judge, class_names, workdir)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,23 @@ from poise.launch.config import field
 
 
 @dataclasses.dataclass(frozen=True)
-class ExecutionConfig:
+class HostsConfig:
+    """How the processes of a run find each other; see :func:`poise.launch.hosts.join_hosts`."""
+
+    coordinator_address: str = field(
+        "", "HOST:PORT of process 0, in a run of several; empty: what the cluster says", role="execution"
+    )
+    num_processes: int = field(
+        0, "processes of the run; 0: what the cluster says; 1: this one alone", role="execution", minimum=0
+    )
+    process_id: int = field(-1, "this process, from 0; -1: what the cluster says", role="execution", minimum=-1)
+    initialization_timeout: int = field(
+        300, "seconds to wait for the other processes at the start", role="execution", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig(HostsConfig):
     """What launchers that train on several devices share; each hands these to :func:`poise.launch.fit`."""
 
     save_every: int = field(200, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)

@@ -130,13 +130,14 @@ def check(config: LanguageModelConfig) -> None:
 
 def run(config: LanguageModelConfig, workdir: pathlib.Path) -> None:
     """The whole run, top to bottom: text, tokens, one training per kind of attention, table and pictures."""
+    from poise.launch.agreement import is_main, main_first
     from poise.launch.lm_phases import language_model_phases
     from poise.launch.lm_results import write_results
     from poise.launch.loop import fit
     from poise.launch.texts import ByteCodec, open_text
     from poise.launch.workdir import settle_data
 
-    splits = open_text(config.data, config.data_dir, config.text_key)
+    splits = main_first(lambda: open_text(config.data, config.data_dir, config.text_key))
     settle_data({name: hashlib.sha256(part).hexdigest() for name, part in splits._asdict().items()}, workdir)
     codec = byte_pairs(config, splits.train, workdir) if config.vocab_size else ByteCodec()
     train, held_out = codec.encode(splits.train), codec.encode(getattr(splits, config.held_out))
@@ -151,21 +152,25 @@ def run(config: LanguageModelConfig, workdir: pathlib.Path) -> None:
         mesh=config.mesh,
         sharding=config.sharding,
     )
-    write_results(config, codec, result.seconds, workdir)
+    if is_main():
+        write_results(config, codec, result.seconds, workdir)
 
 
 def byte_pairs(config: LanguageModelConfig, text: bytes, workdir: pathlib.Path) -> Any:
     """The run's byte pairs, learned at its first start and read from ``vocabulary.json`` from then on."""
+    from poise.launch.agreement import only_main
     from poise.launch.files import atomic_path
     from poise.launch.texts import BytePairCodec
 
     path = workdir / "vocabulary.json"
-    if path.exists():
-        return BytePairCodec(description=path.read_text(encoding="utf-8"))
-    codec = BytePairCodec(config.vocab_size, text)
-    with atomic_path(path) as temporary:
-        temporary.write_text(codec.to_json(), encoding="utf-8")
-    return codec
+
+    def learn() -> None:
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                temporary.write_text(BytePairCodec(config.vocab_size, text).to_json(), encoding="utf-8")
+
+    only_main(learn)
+    return BytePairCodec(description=path.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

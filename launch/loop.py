@@ -5,9 +5,16 @@ pictures, if due -> checkpoint, if due; what isn't finite ends the run before th
 ``s`` therefore stands for everything up to ``s``, its evaluation included, and every row up to ``s`` is on disk before
 the checkpoint is. A run that goes on from it drops later rows and does the same again. Rows are fetched one step late,
 so that the devices are never waited for.
+
+With several processes each reads its block of every batch, all take part in steps, evaluations and checkpoints, and
+process 0 alone writes. An evaluation gets a copy of the state on the process's own devices, so that nothing in it
+waits for the others; every process evaluates, all get the same. What depends on clocks and signals is decided
+together, see :class:`poise.launch.agreement.Decisions`.
 """
 
 import contextlib
+import io
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -18,9 +25,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from poise.core import State, step_key
+from poise.launch.agreement import Decisions, is_main, only_main
 from poise.launch.checkpoint import CheckpointStore, Restored
 from poise.launch.devices import Placement
 from poise.launch.errors import LaunchError
+from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
 from poise.launch.lock import workdir_lock
 from poise.launch.phase import Phase, Program
@@ -28,7 +37,7 @@ from poise.launch.progress import Console, duration
 from poise.launch.sharding import Rules
 from poise.launch.signals import Interrupted, StopRequest, stop_on_signals
 from poise.launch.timing import TimingLog
-from poise.launch.workdir import prepare_workdir
+from poise.launch.workdir import prepare_workdir, workdir_path
 from poise.launch.writers import JsonLinesWriter, TensorBoardWriter, Writer, tensorboard_available
 
 # Keys of anything but steps come from phases that no run reaches, so that they meet no step's key.
@@ -79,6 +88,8 @@ def fit(
     ``poise.core.step_key(seed, phase, step)``. Every phase is saved at its end. SIGINT or SIGTERM stop the run after
     the step under way; after the last step they are answered once everything is saved.
 
+    With several processes (joined by ``jax.distributed.initialize``) all call this with the same arguments.
+
     The folder gets ``metrics.jsonl`` (exactly one row a step, with an evaluation's figures in the row of its step),
     ``timing.jsonl`` (wall-clock), ``checkpoints/`` and, where tensorboardX is installed, ``tensorboard/``.
 
@@ -98,15 +109,16 @@ def fit(
       sharding: rules for the layout of the state's leaves, such as ``"kernel$=-,fsdp;.*="``; without, only an axis
         ``fsdp`` splits leaves. See :class:`poise.launch.sharding.LeafSpecs`. Both may change when a run goes on.
       devices: the devices; None for all.
-      writers: take metrics and pictures besides the files above.
+      writers: take metrics and pictures besides the files above; of several processes those of process 0.
       tensorboard: whether to write TensorBoard files, where tensorboardX is installed.
       console: shows progress on stderr; made here if None.
 
     Returns:
-      The finished state and what it took.
+      The finished state, of several processes a copy on each one's own devices, and what it took.
 
     Raises:
-      Interrupted: after SIGINT or SIGTERM, with everything saved.
+      Interrupted: after SIGINT or SIGTERM (to any of the processes), with everything saved.
+      HostError: if another process is gone.
       NonFiniteError: if a metric or a leaf of the state is not finite; nothing of it is saved.
       CheckpointError: if a checkpoint can't be written, or one there is of another run.
       ConfigError: if the folder can't be written to, or another process works in it; or if mesh and rules don't fit
@@ -129,26 +141,39 @@ def fit(
       (3.0, 20)
     """
     _check(phases, seed, save_every, save_every_seconds)
-    path = prepare_workdir(workdir)
-    console = Console() if console is None else console
+    path = workdir_path(workdir)
+    only_main(lambda: prepare_workdir(path))
     placement = Placement(devices, parallel, mesh, sharding)
-    sinks: list[Writer] = [JsonLinesWriter(path / "metrics.jsonl"), *writers]
-    if tensorboard and tensorboard_available():
-        sinks.append(TensorBoardWriter(path / "tensorboard"))
+    sinks: list[Writer] = []
+    timing = TimingLog(path / "timing.jsonl" if is_main() else None)
+    if is_main():
+        console = Console() if console is None else console
+        sinks += [JsonLinesWriter(path / "metrics.jsonl"), *writers]
+        if tensorboard and tensorboard_available():
+            sinks.append(TensorBoardWriter(path / "tensorboard"))
+    else:
+        console = Console(io.StringIO(), every_seconds=math.inf)
     store = CheckpointStore(
         path / "checkpoints", [(phase.name, phase.num_steps) for phase in phases], seed, keep, console.line
     )
-    with workdir_lock(path), stop_on_signals() as stop:
-        run = _Run(phases, seed, placement, store, sinks, console, stop, TimingLog(path / "timing.jsonl"))
+    with contextlib.ExitStack() as stack:
+        only_main(lambda: stack.enter_context(workdir_lock(path)))
+        stop = stack.enter_context(stop_on_signals())
+        run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
         try:
             result = run.all_phases()
-        except BaseException:
+            run.close()
+            stopping = run.decisions.stopping()
+        except BaseException as error:
+            gone = lost(error)
             with contextlib.suppress(Exception):  # the first failure is the one to tell
-                run.close()
-            raise
-        run.close()
-        if stop.signum is not None:  # came after the last step, where nothing is left but saving
+                run.close(wait=gone is None)
+            if gone is None or gone is error:
+                raise
+            raise gone from error
+        if stopping:  # it came after the last step, where nothing is left but saving
+            assert stop.signum is not None
             raise Interrupted(stop.signum, "stopped after the last phase, with everything saved")
         return result
 
@@ -203,12 +228,13 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.steps_trained = 0
         self.state: State | None = None
+        self.decisions = Decisions(stop)
 
     def all_phases(self) -> FitResult:
         programs: list[Program] = []
         before = None
         if self.start is not None:
-            self.start = jax.device_put(self.start, self.placement.replicated)
+            self.start = self.placement.everywhere(self.start)
             before = Layout(self.start)
         for phase in self.phases:
             programs.append(Program(phase, programs[-1].layout if programs else before, self.placement))
@@ -237,7 +263,7 @@ class _Run:
             start = restored if restored is not None and index == first else None
             self.one_phase(index, programs[index], start)
         self.store.close()
-        return FitResult(self.state, dict(self.seconds), self.steps_trained, origin)
+        return FitResult(self.placement.own_copy(self.state), dict(self.seconds), self.steps_trained, origin)
 
     def init_key(self, index: int) -> PRNGKeyArray:
         return step_key(self.seed, _INIT + index, 0)
@@ -245,7 +271,7 @@ class _Run:
     def one_phase(self, index: int, program: Program, restored: Restored | None) -> None:
         """Takes ``state``, the finished one of the phase before, and leaves this phase's there."""
         phase, layout = program.phase, program.layout
-        if self.stop:
+        if self.decisions.stopping():
             self.leave(f"before the first step of phase {phase.name!r}")
         self.timing.start(phase.name, self.seconds.get(phase.name, 0.0))
         if restored is None:
@@ -270,7 +296,8 @@ class _Run:
         began = time.monotonic()
         program.compile()
         self.console.line(f"{phase.name}: compiled in {duration(time.monotonic() - began)}")
-        if self.stop:
+        self.decisions.begin()
+        if self.decisions.stopping():
             self.leave(f"after step {done} of phase {phase.name!r}")
         self.console.start(phase.name, phase.num_steps, done)
         key = jax.random.fold_in(jax.random.key(self.seed), index)
@@ -283,13 +310,14 @@ class _Run:
             if before is not None:
                 self.report(index, program, before)
             evaluation = self.evaluation_due(phase, step)
-            save = self.save_due(step, phase.num_steps)
-            leaving = bool(self.stop)  # looked at once, lest a step be saved whose row isn't written
+            # looked at once, lest a step be saved whose row isn't written
+            leaving, timely = self.decisions.after_step(self.time_to_save())
+            save = timely or self.save_due(step, phase.num_steps)
             if evaluation or save or leaving:
                 self.report(
-                    index, program, pending, evaluation, program.whole_state(live, frozen) if evaluation else None
+                    index, program, pending, evaluation, program.own_state(live, frozen) if evaluation else None
                 )
-                pending, leaving = None, bool(self.stop)
+                pending, leaving = None, self.decisions.stopping()
             if save or leaving:
                 self.save(index, layout, live, frozen, step)
                 saved = step
@@ -307,9 +335,10 @@ class _Run:
         return step % phase.evaluate_every == 0 if phase.evaluate_every else step == phase.num_steps
 
     def save_due(self, step: int, num_steps: int) -> bool:
-        by_steps = self.save_every and step % self.save_every == 0
-        by_time = self.save_every_seconds and self.timing.since_save >= self.save_every_seconds
-        return bool(by_steps or by_time or step == num_steps)
+        return bool(self.save_every and step % self.save_every == 0) or step == num_steps
+
+    def time_to_save(self) -> bool:
+        return bool(self.save_every_seconds and self.timing.since_save >= self.save_every_seconds)
 
     def report(
         self, index: int, program: Program, pending: _Pending, evaluation: bool = False, state: State | None = None
@@ -350,18 +379,20 @@ class _Run:
         self.seconds[self.phases[index].name] = self.timing.seconds
         self.store.save(index, step, layout, live, frozen, self.seconds)
         self.timing.saved(step)
+        self.decisions.saved()
 
     def leave(self, where: str) -> None:
         self.console.finish()
         assert self.stop.signum is not None
         raise Interrupted(self.stop.signum, f"stopped {where}")
 
-    def close(self) -> None:
-        """Ends everything that is open, however the run ends."""
+    def close(self, wait: bool = True) -> None:
+        """Ends everything that is open, however the run ends; ``wait``: also a checkpoint that is being written."""
         with contextlib.ExitStack() as stack:  # each of them, whatever the others do
             stack.callback(self.console.finish)
             stack.callback(self.timing.close)
-            stack.callback(self.store.close)
+            if wait:
+                stack.callback(self.store.close)
             for writer in self.writers:
                 stack.callback(writer.close)
 

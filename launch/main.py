@@ -1,18 +1,22 @@
 """The frame around every launcher: flags, folder, lock, one sentence for each failure, and the exit code."""
 
+import contextlib
 import os
 import pathlib
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from poise.launch.agreement import agree, main_first, only_main, several
 from poise.launch.config import ConfigError, parse_config
 from poise.launch.errors import LaunchError
+from poise.launch.hosts import end, join_hosts, lost, same_everywhere
 from poise.launch.lock import workdir_lock
 from poise.launch.signals import Interrupted
-from poise.launch.workdir import prepare_workdir, settle_config
+from poise.launch.workdir import check_shared, prepare_workdir, settle_config, workdir_path
 
 
 def launch(
@@ -38,21 +42,35 @@ def launch(
 
     Returns:
       0 when the run finished, or was stopped by SIGTERM and saved; 130 after Ctrl-C; 2 for settings or a folder that
-      cannot be used, before anything was written; 1 for any other failure that has a sentence of its own.
+      cannot be used, before anything was written; 1 for any other failure that has a sentence of its own. Of several
+      processes, one that fails leaves the interpreter at once instead, and the others end with code 1 or by SIGABRT.
     """
     config = parse_config(cls, recipes, argv, prog=prog, description=description)
 
-    def body() -> None:
-        if not config.workdir:
-            raise ConfigError("--workdir must name the run's folder, such as --workdir=runs/digits")
+    def look() -> None:
         if check is not None:
             try:
                 check(config)
             except LaunchError as error:
                 raise ConfigError(str(error)) from error
-        workdir = prepare_workdir(config.workdir)
-        with workdir_lock(workdir):
-            settle_config(config, workdir)
+
+    def body() -> None:
+        if not config.workdir:
+            raise ConfigError("--workdir must name the run's folder, such as --workdir=runs/digits")
+        workdir = workdir_path(config.workdir)
+        if join_hosts(config):
+            set_up_jax(config)  # before the first word between processes
+            same_everywhere(config)
+        main_first(look)
+        with contextlib.ExitStack() as stack:
+
+            def claim() -> None:
+                prepare_workdir(workdir)
+                stack.enter_context(workdir_lock(workdir))
+                settle_config(config, workdir)
+
+            only_main(claim)
+            agree(lambda: check_shared(workdir))
             set_up_jax(config)
             run(config, workdir)
 
@@ -94,28 +112,39 @@ def run_tool(
 def _exit_code(body: Callable[[], None], prog: str, and_then: str) -> int:
     # The training loop puts its own handler in this one's place, outside of it a stop loses nothing.
     previous = signal.signal(signal.SIGTERM, _stop_at_once)
+    code, alone = 0, False
     try:
         body()
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped{and_then}", file=sys.stderr)
-        return 130
+        code, alone = 130, True
     except Interrupted as stopped:
         print(f"{prog}: {stopped}{and_then}", file=sys.stderr)
-        return stopped.exit_code
+        code, alone = stopped.exit_code, isinstance(stopped, _AtOnce)
     except LaunchError as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
+        code, alone = 2 if isinstance(error, ConfigError) else 1, True
     except OSError as error:  # a full disk, a folder that went away
         where = f"{error.filename}: " if error.filename else ""
         print(f"{prog}: {where}{error.strerror or error}{and_then}", file=sys.stderr)
-        return 1
+        code, alone = 1, True
+    except Exception as error:  # a bug, unless another process is gone
+        if not several():
+            raise
+        gone = lost(error)
+        print(f"{prog}: {gone}{and_then}" if gone else traceback.format_exc(), file=sys.stderr)
+        code, alone = 1, True
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
+    return end(prog, code, alone)
+
+
+class _AtOnce(Interrupted):
+    """A stop of this process alone, outside of the training loop."""
 
 
 def _stop_at_once(signum: int, frame: FrameType | None) -> None:
-    raise Interrupted(signum, "stopped")
+    raise _AtOnce(signum, "stopped")
 
 
 def set_up_jax(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import hashlib
 import inspect
@@ -19,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from poise.launch.agreement import agree
 from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
 from poise.launch.leaves import abstract_data, from_data, leaf_name, to_data
@@ -66,8 +68,15 @@ def save_args(names: Sequence[str], leaves: Sequence[jax.Array], meta: dict[str,
 
 
 def checkpointer() -> ocp.Checkpointer:
-    """Reads and writes single checkpoints; writing is atomic and is waited for."""
+    """Writes single checkpoints, atomically, and waits; all processes take part."""
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
+
+
+def _reader() -> ocp.Checkpointer:
+    """Reads single checkpoints; each process by itself."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS), multiprocessing_options=alone)
 
 
 def in_short(error: Exception) -> str:
@@ -118,7 +127,7 @@ def _read(path: pathlib.Path, item: str, args: Any) -> Any:
       CheckpointError: if the system doesn't let it be read, which says nothing about what is there.
     """
     try:
-        with checkpointer() as reader:
+        with _reader() as reader:
             content = reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
         if content is None:
             raise ValueError(f"its item {item} is not there")
@@ -188,7 +197,10 @@ def read_meta(path: pathlib.Path) -> dict[str, Any]:
 def read_leaves(
     path: pathlib.Path, manifest: Sequence[Mapping[str, Any]], abstract: Sequence[Any], shardings: Sequence[Any]
 ) -> tuple[jax.Array, ...]:
-    """The arrays of a checkpoint, each compared with its checksum and laid out by its sharding."""
+    """The arrays of a checkpoint, each compared with its checksum and laid out by its sharding.
+
+    Where arrays lie on several processes, each reads its parts and all of them find the same damage.
+    """
     names = [leaf_name(entry["path"]) for entry in manifest]
     wanted = [abstract_data(leaf) for leaf in abstract]
     template = {
@@ -198,15 +210,21 @@ def read_leaves(
     }
     data = {}
     if template:
-        data = _read(path, "state", ocp.args.StandardRestore(template))
+        together = not all(sharding.is_fully_addressable for sharding in shardings)
+        read = functools.partial(_read, path, "state", ocp.args.StandardRestore(template))
+        data = agree(read, Damaged, CheckpointError) if together else read()
     leaves = []
     for name, leaf, origin, sharding in zip(names, wanted, abstract, shardings, strict=True):
-        value = data[name] if leaf.size else jax.device_put(np.zeros(leaf.shape, leaf.dtype), sharding)
+        value = data[name] if leaf.size else _empty(leaf, sharding)
         leaves.append(from_data(value, origin.dtype))
     for name, entry, digest in zip(names, manifest, digests(leaves), strict=True):
         if entry["digest"] != digest:
             raise Damaged(f"its leaf {name} has checksum {digest}, not {entry['digest']}")
     return tuple(leaves)
+
+
+def _empty(leaf: Any, sharding: Any) -> jax.Array:
+    return jax.make_array_from_callback(leaf.shape, sharding, lambda index: np.zeros(leaf.shape, leaf.dtype)[index])
 
 
 def matching(
@@ -246,3 +264,16 @@ def saved_steps(folder: pathlib.Path) -> list[int]:
     if not folder.is_dir():
         return []
     return sorted((int(path.name) for path in folder.iterdir() if path.name.isdecimal()), reverse=True)
+
+
+def checkpoints_at(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """The checkpoints at or under a path, newest first: one checkpoint, a phase, or a run's folder."""
+    root = path
+    if (path / "checkpoints").is_dir():  # a run's folder may have a number for a name, too
+        root = path / "checkpoints"
+    elif path.name.isdecimal():
+        yield path
+        return
+    folders = sorted((folder for folder in root.glob("[0-9][0-9]*_*") if folder.is_dir()), reverse=True) or [root]
+    for folder in folders:
+        yield from (folder / str(step) for step in saved_steps(folder))

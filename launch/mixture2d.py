@@ -24,6 +24,7 @@ from poise.fdistill import (
     one_step,
     student_variables,
 )
+from poise.launch.agreement import is_main
 from poise.launch.data import InMemory
 from poise.launch.distill_phases import settings_of
 from poise.launch.files import atomic_path
@@ -73,7 +74,8 @@ def run_mixture2d(config: "DistillConfig", workdir: pathlib.Path) -> None:
         mesh=config.mesh,
         sharding=config.sharding,
     )
-    _write_results(config, result, mixture, points, workdir)
+    if is_main():
+        _write_results(config, result, mixture, points, workdir)
 
 
 def _phases(config: "DistillConfig", net: Any, mixture: GaussianMixture, points: np.ndarray) -> tuple[Phase, Phase]:

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from poise.core import Algorithm, State
-from poise.launch.data import Data
+from poise.launch.data import Data, for_host
 from poise.launch.devices import DeviceError, Placement
 from poise.launch.leaves import Layout, from_data, to_data
 from poise.launch.sharding import DATA
@@ -75,9 +75,11 @@ class Program:
     def __init__(self, phase: Phase, previous: Layout | None, placement: Placement):
         self.phase, self._placement = phase, placement
         abstract = None if previous is None else previous.abstract
-        batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, phase.data.batch(0)))
+        whole = for_host(phase.data, 0, 1) if placement.several else phase.data
+        batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, whole.batch(0)))
         self.batch = batch
-        placement.check_batch(batch, phase.data.batch_axis, phase.name)
+        placement.check_batch(batch, phase.data.batch_axis, phase.name, phase.data.batch_size)
+        self._data = for_host(phase.data, *placement.block) if placement.several else phase.data
 
         def init(previous_state: State | None, key: PRNGKeyArray, batch: PyTree) -> State:
             state = phase.make_algorithm(previous_state).init(key, batch)
@@ -101,14 +103,17 @@ class Program:
     def whole_state(self, live: tuple[Any, ...], frozen: tuple[Any, ...]) -> State:
         """The state for those who use it outside of a step: its weights are put together."""
         placement, layout = self._placement, self.layout
-        live = jax.device_put(live, placement.together(layout.live_names, self.shardings[0]))
-        frozen = jax.device_put(frozen, placement.together(layout.frozen_names, self.shardings[1]))
+        live = _laid(live, placement.together(layout.live_names, self.shardings[0]))
+        frozen = _laid(frozen, placement.together(layout.frozen_names, self.shardings[1]))
         return layout.merge(live, frozen)
+
+    def own_state(self, live: tuple[Any, ...], frozen: tuple[Any, ...]) -> State:
+        """The same on this process's devices alone."""
+        return self._placement.own_copy(self.whole_state(live, frozen))
 
     def place(self, step: int) -> PyTree:
         """The batch of a step, from 0, on the devices."""
-        data = self.phase.data
-        return self._placement.place_batch(data.batch(step), data.batch_axis)
+        return self._placement.place_batch(self._data.batch(step), self._data.batch_axis)
 
     def compile(self) -> None:
         """Compiles the step once; what is called later is that program and never another."""
@@ -168,6 +173,14 @@ class Program:
     ) -> tuple[tuple[Any, ...], dict[str, Array], Array]:
         """One step, from 0: new live leaves (the old ones are gone), metrics, and which values are finite."""
         return self._step(live, frozen, batch, key, np.uint32(index))
+
+
+def _laid(leaves: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The leaves in these shardings, outside of a program; jax moves no typed keys between processes, nor need it."""
+    return tuple(
+        leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
+        for leaf, sharding in zip(leaves, shardings, strict=True)
+    )
 
 
 def _moved(leaves: tuple[Any, ...], lie: tuple[Any, ...], used: tuple[Any, ...]) -> tuple[Any, ...]:

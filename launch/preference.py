@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, parse_names, validate
+from poise.launch.execution import HostsConfig
 from poise.launch.main import launch
 
 METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
@@ -21,7 +22,7 @@ METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceConfig:
+class PreferenceConfig(HostsConfig):
     """The settings of a comparison; every field is a flag of the same name."""
 
     workdir: str = field(
@@ -109,6 +110,7 @@ def check(config: PreferenceConfig) -> None:
 
 def run(config: PreferenceConfig, workdir: pathlib.Path) -> None:
     """The whole run: data, the reference, a phase for each loss, then the comparison."""
+    from poise.launch.agreement import is_main
     from poise.launch.loop import fit
     from poise.launch.preference_data import facts_of, open_pairs
     from poise.launch.preference_judge import make_judges
@@ -127,7 +129,8 @@ def run(config: PreferenceConfig, workdir: pathlib.Path) -> None:
         save_every_seconds=config.save_every_seconds,
         keep=config.keep,
     )
-    write_results(config, data, judges, result.seconds, workdir)
+    if is_main():
+        write_results(config, data, judges, result.seconds, workdir)
 
 
 if __name__ == "__main__":

@@ -107,13 +107,15 @@ def check(config: PTQConfig) -> None:
 
 def run(config: PTQConfig, workdir: pathlib.Path) -> None:
     """The whole run, top to bottom: data, the float network, every method at every number of bits, judgement."""
+    from poise.launch.agreement import is_main, main_first
     from poise.launch.classifier import float_phase, open_classes
     from poise.launch.loop import fit
     from poise.launch.ptq_methods import float_variables
     from poise.launch.ptq_results import quantize_all
 
     config = with_its_network(config)
-    images = open_classes(config, config.data_dir or (workdir / "data" if config.data == "digits" else ""))
+    data_dir = config.data_dir or (workdir / "data" if config.data == "digits" else "")
+    images = main_first(lambda: open_classes(config, data_dir))
     if config.checkpoint:
         variables = float_variables(config.checkpoint)
     else:
@@ -128,7 +130,8 @@ def run(config: PTQConfig, workdir: pathlib.Path) -> None:
             mesh=config.mesh,
             sharding=config.sharding,
         ).state.variables
-    quantize_all(config, images, variables, workdir)
+    if is_main():
+        quantize_all(config, images, variables, workdir)
 
 
 if __name__ == "__main__":

@@ -76,12 +76,14 @@ def check(config: ClassifierConfig) -> None:
 
 def run(config: QATConfig, workdir: pathlib.Path) -> None:
     """The whole run, top to bottom: data, float training, quantized training, annealing, integers, judgement."""
+    from poise.launch.agreement import is_main, main_first
     from poise.launch.classifier import float_phase, open_classes
     from poise.launch.loop import fit
     from poise.launch.qat_phases import quantized_phases
     from poise.launch.qat_results import write_results
 
-    images = open_classes(config, config.data_dir or (workdir / "data" if config.data == "digits" else ""))
+    data_dir = config.data_dir or (workdir / "data" if config.data == "digits" else "")
+    images = main_first(lambda: open_classes(config, data_dir))
     result = fit(
         (float_phase(config, images), *quantized_phases(config, images)),
         workdir=workdir,
@@ -93,7 +95,8 @@ def run(config: QATConfig, workdir: pathlib.Path) -> None:
         mesh=config.mesh,
         sharding=config.sharding,
     )
-    write_results(config, images, result, workdir)
+    if is_main():
+        write_results(config, images, result, workdir)
 
 
 if __name__ == "__main__":

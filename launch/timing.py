@@ -17,18 +17,19 @@ class TimingLog:
     was stopped and repeated stay. What can't be written raises :class:`poise.launch.writers.WriteError`.
 
     Args:
-      path: the file.
+      path: the file; None writes nothing.
       every_seconds: between rows.
       clock: seconds from any origin.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         every_seconds: float | int = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._path, self._every, self._clock = pathlib.Path(path), every_seconds, clock
+        self._path = None if path is None else pathlib.Path(path)
+        self._every, self._clock = every_seconds, clock
         self._file: TextIO | None = None
         self._phase, self._before = "", 0.0
         self._started = self._saved = self._wrote = clock()
@@ -63,6 +64,8 @@ class TimingLog:
             self._write(step, steps_per_second=(step - self._step) / (now - self._wrote))
 
     def _write(self, step: int, **facts: str | float) -> None:
+        if self._path is None:
+            return
         row = {"phase": self._phase, "step": step, "seconds": round(self.seconds, 3), "time": time.time(), **facts}
         with writing(self._path):
             if self._file is None:
@@ -74,7 +77,7 @@ class TimingLog:
 
     def close(self) -> None:
         """Closes the file."""
-        if self._file is not None:
+        if self._file is not None and self._path is not None:
             file, self._file = self._file, None
             with writing(self._path):
                 file.close()

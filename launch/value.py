@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from poise.launch.config import ConfigError, field, parse_names, validate
+from poise.launch.execution import HostsConfig
 from poise.launch.main import launch
 
 LOSSES = ("mse", "hl_gauss", "two_hot", "c51", "mse_softmax")
@@ -54,7 +55,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueConfig:
+class ValueConfig(HostsConfig):
     """The settings of a comparison; every field is a flag of the same name."""
 
     workdir: str = field("runs/value", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -165,6 +166,7 @@ def check(config: ValueConfig) -> None:
 
 def run(config: ValueConfig, workdir: pathlib.Path) -> None:
     """The whole run: a phase for each loss, then the comparison."""
+    from poise.launch.agreement import is_main
     from poise.launch.loop import fit
     from poise.launch.value_phases import value_phases
     from poise.launch.value_results import write_results
@@ -177,7 +179,8 @@ def run(config: ValueConfig, workdir: pathlib.Path) -> None:
         save_every_seconds=config.save_every_seconds,
         keep=config.keep,
     )
-    write_results(config, result.seconds, workdir)
+    if is_main():
+        write_results(config, result.seconds, workdir)
 
 
 if __name__ == "__main__":

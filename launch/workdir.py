@@ -7,6 +7,7 @@ import pathlib
 import tempfile
 from typing import Any
 
+from poise.launch.agreement import agree, only_main
 from poise.launch.config import ConfigError, config_fields
 from poise.launch.files import atomic_path
 
@@ -18,15 +19,30 @@ def _plain(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config), allow_nan=False))
 
 
+def workdir_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
+    """A run's folder as an absolute path.
+
+    Raises:
+      ConfigError: if it is empty, or a place that is no folder of this machine, such as ``gs://bucket/run``.
+    """
+    text = os.fspath(workdir)
+    if not text:
+        raise ConfigError("workdir must name a folder, got an empty text")
+    if "://" in text:
+        raise ConfigError(
+            f"workdir must be a folder of a file system, got {text!r}; object stores have no locks and no atomic "
+            "renames: mount the bucket, or copy the finished folder to it"
+        )
+    return pathlib.Path(text).expanduser().absolute()
+
+
 def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """Makes a run's folder where there is none and makes sure that it can be written to.
 
     Raises:
       ConfigError: naming the folder and why it cannot be used.
     """
-    if not str(workdir):
-        raise ConfigError("workdir must name a folder, got an empty text")
-    path = pathlib.Path(workdir).expanduser().absolute()
+    path = workdir_path(workdir)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -90,6 +106,19 @@ def settle_config(config: Any, workdir: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+def check_shared(workdir: pathlib.Path) -> None:
+    """Makes sure that this process sees the folder that process 0 made.
+
+    Raises:
+      ConfigError: naming the folder.
+    """
+    if not (workdir / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"the workdir {workdir} must be on a file system that all processes share; one of them doesn't see the "
+            f"{CONFIG_FILE} that process 0 wrote"
+        )
+
+
 def settle_data(facts: dict[str, Any], workdir: str | os.PathLike[str]) -> None:
     """Notes in the run's folder, in ``data.json``, which data it is made with, or makes sure that it is the same still.
 
@@ -101,11 +130,18 @@ def settle_data(facts: dict[str, Any], workdir: str | os.PathLike[str]) -> None:
       ConfigError: if the data is another, or the note is damaged.
     """
     path = pathlib.Path(workdir) / DATA_FILE
-    if not path.exists():
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    elif _read(path) != facts:
-        raise ConfigError(f"the data has changed since the run in {workdir} began; use another workdir")
+
+    def note() -> None:
+        if not path.exists():
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+    def compare() -> None:
+        if _read(path) != facts:
+            raise ConfigError(f"the data has changed since the run in {workdir} began; use another workdir")
+
+    only_main(note)
+    agree(compare)
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from poise.launch.config import ConfigError, field, validate
-from poise.launch.workdir import settle_config
+from poise.launch.workdir import prepare_workdir, settle_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +61,10 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
             settle_config(Config(), workdir)
     with pytest.raises(ConfigError, match="empty"):
         settle_config(Config(), "")
+
+
+def test_an_object_store_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"workdir must be a folder of a file system, got 'gs://bucket/run'"):
+        prepare_workdir("gs://bucket/run")
+    assert not list(tmp_path.iterdir())

@@ -56,10 +56,11 @@ def predict(params, x):
     return x @ params["w"] + params["b"]
 
 
-def data(batch_size=8, cycle=None):
+def data(batch_size=8, cycle=None, width=3):
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(40, 3)).astype(np.float32)
-    return InMemory({"x": x, "y": x @ np.array([1.0, -2.0, 0.5], np.float32) + 0.3}, batch_size, 7, cycle)
+    x = rng.normal(size=(40, width)).astype(np.float32)
+    weights = np.resize(np.array([1.0, -2.0, 0.5], np.float32), width)
+    return InMemory({"x": x, "y": x @ weights + 0.3}, batch_size, 7, cycle)
 
 
 def teacher(nan_at=None):
@@ -79,7 +80,7 @@ def teacher(nan_at=None):
         )
 
     def step(state, batch, key):
-        noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(fold_in_examples(key, batch["x"].shape[0]))
+        noise = jax.vmap(lambda k: jax.random.normal(k, batch["x"].shape[1:]))(fold_in_examples(key, len(batch["x"])))
 
         def loss_fn(params):
             return jnp.mean((predict(params, batch["x"] + 0.1 * noise) - batch["y"]) ** 2)
@@ -117,7 +118,7 @@ def student(previous, move):
         metrics = {}
         for cycle in range(batch["x"].shape[0]):
             keys = fold_in_examples(jax.random.fold_in(key, cycle), batch["x"].shape[1])
-            noise = jax.vmap(lambda k: jax.random.normal(k, (3,)))(keys)
+            noise = jax.vmap(lambda k: jax.random.normal(k, batch["x"].shape[2:]))(keys)
             x = batch["x"][cycle] + noise
 
             def loss_fn(params, x=x):
@@ -134,22 +135,22 @@ def student(previous, move):
     return Algorithm(init, step)
 
 
-def phases(steps=None, nan_at=None, batch_size=8, after_evaluation=lambda: None):
+def phases(steps=None, nan_at=None, batch_size=8, after_evaluation=lambda: None, width=3):
     steps = STEPS | (steps or {})
 
     def evaluate(state, key):
-        x = jax.random.normal(key, (16, 3))
+        x = jax.random.normal(key, (16, width))
         gap = predict(state.average, x) - predict(state.frozen["teacher"], x)
         after_evaluation()
         return {"gap": jnp.mean(gap), "nothing": None}
 
     return (
-        Phase("teacher", lambda _: teacher(nan_at), data(batch_size), steps["teacher"]),
-        Phase("warmup", lambda previous: student(previous, False), data(batch_size, cycle=2), steps["warmup"]),
+        Phase("teacher", lambda _: teacher(nan_at), data(batch_size, width=width), steps["teacher"]),
+        Phase("warmup", lambda previous: student(previous, False), data(batch_size, 2, width), steps["warmup"]),
         Phase(
             "student",
             lambda previous: student(previous, True),
-            data(batch_size, cycle=2),
+            data(batch_size, 2, width),
             steps["student"],
             evaluate=evaluate,
             evaluate_every=3,
