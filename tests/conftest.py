@@ -1,8 +1,11 @@
-"""Shared set-up: 8 simulated devices, compilation that costs little, and the folder of golden files."""
+"""Shared set-up: 8 simulated devices, compilation and garbage that cost little, and the folder of golden files."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
+
+import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -21,6 +24,20 @@ def pytest_configure(config):
     """The quick tier compiles quickly; other tests train for long, or are run alone and as users' programs are."""
     if config.option.markexpr == "not slow and not effects":
         os.environ["XLA_FLAGS"] += QUICK
+
+
+gc.set_threshold(50_000, 50, 100)  # JAX makes many objects that live long: looking at them all the time takes a tenth
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_end_with_their_file():
+    """Compiled programs of one test file serve no other; thousands of them take gigabytes and slow each sweep."""
+    import jax
+
+    yield
+    jax.clear_caches()
+    gc.collect()
+    gc.freeze()
 
 
 def golden_files(area: str, pattern: str) -> list[pathlib.Path]:

@@ -54,14 +54,14 @@ def test_bad_input(draw):
 @pytest.mark.parametrize("bound", [False, True])
 def test_a_window_counts_from_each_entry_s_own_place(draw, bound):
     query, key, value = draw(queries=7, keys=7)
-    whole = softplus_attention(query, key, value, is_causal=True, local_window_size=(2, 0))
+    whole = jax.jit(functools.partial(softplus_attention, is_causal=True, local_window_size=(2, 0)))(query, key, value)
     attention, options = softplus_attention, {"local_window_size": (2, 0)}
     if bound:
         attention, options = functools.partial(softplus_attention, local_window_size=(2, 0)), {}
     cache, parts = init_cache(2, 8, 2, 4, 3), []
     for piece in (slice(0, 4), slice(4, 6), slice(6, 7)):
         inputs = (x[:, piece] for x in (query, key, value))
-        out, cache = attend_with_cache(*inputs, cache, attention=attention, **options)
+        out, cache = jax.jit(functools.partial(attend_with_cache, attention=attention, **options))(*inputs, cache)
         parts.append(out)
     np.testing.assert_allclose(jnp.concatenate(parts, 1), whole, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="is_causal must not be given"):

@@ -1,5 +1,6 @@
 """The language-model launcher at its smallest: what it writes, how it resumes, what it refuses."""
 
+import functools
 import json
 import pathlib
 
@@ -57,6 +58,7 @@ def test_all_kinds_of_attention_see_the_same_batches(finished):
     assert all("loss" in row for row in rows)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_to_the_same_bits(finished, tmp_path, monkeypatch):
     writes = []
 
@@ -103,12 +105,12 @@ def test_windows_of_every_length_predict_the_same_tokens():
 
 def test_the_mean_loss_does_not_depend_on_how_windows_are_grouped(monkeypatch):
     model = Transformer(16, 1, 1, 8)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32))["params"]
     cut = lm_phases.evaluation_windows(np.random.default_rng(0).integers(0, 16, 300), [8, 16], 280)
     whole = lm_phases.evaluator(model, cut, 8)(params)
     monkeypatch.setattr(lm_phases, "_TOKENS_AT_ONCE", 48)  # of 34 windows, the last group is filled up
     assert lm_phases.evaluator(model, cut, 8)(params) == pytest.approx(whole, rel=1e-6)
-    direct = lm_phases.token_losses(model, params, jnp.asarray(cut[8]))
+    direct = jax.jit(functools.partial(lm_phases.token_losses, model))(params, jnp.asarray(cut[8]))
     assert whole["loss_1x"] == pytest.approx(float(direct.mean()), rel=1e-6)
     assert whole["loss_1x_q2"] == pytest.approx(float(direct[:, 2:4].mean()), rel=1e-6)
 

@@ -46,6 +46,7 @@ def network():
     return model, params, images, jax.jit(model.apply)
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished):
     workdir, printed = finished
     assert [row["step"] for row in tiny.rows(workdir)] == [1, 2, 3]
@@ -66,6 +67,7 @@ def test_what_a_run_leaves(finished):
     ]
 
 
+@pytest.mark.slow
 def test_more_may_be_added_and_what_is_there_is_not_done_again(finished, monkeypatch, capsys):
     workdir, _ = finished
     asked, figures = [], json.loads((workdir / "rows.json").read_text())["rtn_3bit"]
@@ -90,6 +92,7 @@ def test_more_may_be_added_and_what_is_there_is_not_done_again(finished, monkeyp
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_checkpoint_brings_data_and_network(finished, tmp_path):
     workdir, _ = finished
     config = PTQConfig(checkpoint=str(workdir), bits=(4,))

@@ -40,6 +40,7 @@ def finished(tmp_path_factory):
     return workdir, printed.getvalue()
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished):
     workdir, printed = finished
     rows = tiny.rows(workdir)
@@ -61,6 +62,7 @@ def test_what_a_run_leaves(finished):
     assert [line.split()[0] for line in printed.splitlines()[2:]] == ["float", "ofq,", "ofq,"]
 
 
+@pytest.mark.slow
 def test_the_file_holds_the_codes_that_were_trained(finished):
     workdir, _ = finished
     config = QATConfig(width=16, num_heads=2, patch_size=4, num_layers=1)
@@ -78,6 +80,7 @@ def test_the_file_holds_the_codes_that_were_trained(finished):
     assert max(np.size(leaf) for leaf in floats) < 128  # no weight is left
 
 
+@pytest.mark.slow
 def test_the_file_and_the_configuration_are_a_classifier(finished):
     """The example of docs/guides/quantization.md."""
     workdir, _ = finished
