@@ -8,6 +8,7 @@ import numpy as np
 
 from poise.launch.report_curves import Curve, Points, smoothed
 from poise.launch.report_markup import Markup, element
+from poise.launch.report_tables import column_texts
 
 # Distinct for people with any kind of colour vision (Okabe and Ito); later runs get them again, with dashes.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -76,7 +77,8 @@ def chart(title: str, lines: Sequence[Line], smoothing: float | int) -> Markup:
     """
     drawn = [(line, line.curve.points()) for line in lines]
     positive = all((points.means > 0).all() for _, points in drawn)
-    description = "; ".join(f"{line.name} ends at {figure(line.curve.last)}" for line in lines)
+    lasts = column_texts([line.curve.last for line in lines])
+    description = "; ".join(f"{line.name} ends at {last}" for line, last in zip(lines, lasts, strict=True))
     x = _linear([points.steps for _, points in drawn], _LEFT, _WIDTH - _RIGHT, wanted=4, whole=True)
     values = [entry for _, points in drawn for entry in (points.lows, points.highs)]
     y = _linear(values, _HEIGHT - _BOTTOM, _TOP, wanted=4)
@@ -93,21 +95,10 @@ def chart(title: str, lines: Sequence[Line], smoothing: float | int) -> Markup:
     )
     aside = None if positive else element("span", "linear, not all above 0", cls="only-log")
     head = element("figcaption", element("span", title, cls="metric"), aside)
-    return element("figure", head, drawing, element("ul", *map(_legend, lines), cls="legend"), cls="chart")
+    return element("figure", head, drawing, element("ul", *map(_legend, lines, lasts), cls="legend"), cls="chart")
 
 
-def figure(value: float | int) -> str:
-    """A number in four digits.
-
-    Example:
-      >>> from poise.launch.report_charts import figure
-      >>> [figure(value) for value in (0.123456, 12.0, 1234567.0, 1e-7, float("nan"))]
-      ['0.1235', '12', '1.235e+06', '1e-07', '–']
-    """
-    return "–" if math.isnan(value) else f"{value:.4g}"
-
-
-def _legend(line: Line) -> Markup:
+def _legend(line: Line, last: str) -> Markup:
     facts = [f"{line.curve.rows:,} rows"]
     if line.curve.seeds > 1:
         facts.append(f"mean and range of {line.curve.seeds}")
@@ -121,7 +112,7 @@ def _legend(line: Line) -> Markup:
         swatch(line.run),
         element("span", line.name, cls="name"),
         seeds,
-        element("span", figure(line.curve.last), cls="last"),
+        element("span", last, cls="last"),
         cls=run_class(line.run),
         title=f"{line.name}: {', '.join(facts)}",
     )
@@ -195,9 +186,9 @@ def _linear(arrays: list[np.ndarray], start: int, end: int, wanted: int, whole: 
 
 
 def _round_step(step: float | int) -> float:
-    """The next of 1, 2 and 5 times a power of ten."""
+    """The nearest of 1, 2 and 5 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.999 * step)
+    return power * min((1, 2, 5, 10), key=lambda factor: abs(math.log(factor * power / step)))
 
 
 def _label(value: float | int, step: float | int) -> str:
@@ -223,7 +214,7 @@ def _logarithmic(drawn: list[tuple[Line, Points]]) -> _Scale:
     factors = (1,) if top - bottom > 2.5 else (1, 2, 5)
     powers = [power for power in range(math.floor(bottom), math.ceil(top) + 1) if power % every == 0]
     values = [factor * 10.0**power for power in powers for factor in factors]
-    ticks = {value: f"{value:.4g}" for value in values if bottom - 1e-9 <= math.log10(value) <= top + 1e-9}
+    ticks = {value: _label(value, value) for value in values if bottom - 1e-9 <= math.log10(value) <= top + 1e-9}
     if len(ticks) < 3:  # far less than a decade: as on a linear axis
         least, most = 10.0**bottom, 10.0**top
         step = _round_step((most - least) / 4)

@@ -15,6 +15,7 @@ from poise.launch.report_tables import Table, column_texts, plain, tables_of
 
 _MAX_CHARTS, _MAX_PICTURE_BYTES = 150, 12 * 2**20
 _FOLDER = "workdir"  # differs always, and stands at the top
+_FEW = 10  # settings of some runs only that are told at once
 
 
 def page(runs: Sequence[RunRecord], title: str, smoothing: float | int) -> str:
@@ -144,18 +145,28 @@ def _settings(runs: Sequence[RunRecord]) -> list[Markup]:
     if not names:
         return []
     values = {name: [plain(run.config[name]) if name in run.config else None for run in runs] for name in names}
-    differing = [name for name in names if len(set(values[name])) > 1 and name != _FOLDER]
+    known = [i for i, run in enumerate(runs) if run.config]
+    differing = [name for name in names if len({values[name][i] for i in known}) > 1 and name != _FOLDER]
+    common = [name for name in differing if all(values[name][i] is not None for i in known)]
+    if len(differing) - len(common) <= _FEW:
+        common = differing
     parts = []
-    if len(runs) > 1 and differing:
-        parts.append(_settings_table(runs, {name: values[name] for name in differing}, ()))
+    if len(runs) > 1 and common:
+        parts.append(_settings_table(runs, {name: values[name] for name in common}))
     elif len(runs) > 1:
-        parts.append(element("p", "All settings are the same.", cls="soft"))
+        what = "settings that all runs have" if differing else "settings"
+        parts.append(element("p", f"All {what} are the same.", cls="soft"))
+    if len(common) < len(differing):
+        told = element("p", f"{len(differing) - len(common)} more are settings of some runs only.", cls="soft")
+        parts.append(told)
     table = _settings_table(runs, values, differing)
     parts.append(element("details", element("summary", f"All {len(names)} settings"), table))
     return parts
 
 
-def _settings_table(runs: Sequence[RunRecord], values: dict[str, list[str | None]], marked: Sequence[str]) -> Markup:
+def _settings_table(
+    runs: Sequence[RunRecord], values: dict[str, list[str | None]], marked: Sequence[str] = ()
+) -> Markup:
     rows = [
         element(
             "tr",
@@ -188,14 +199,20 @@ def _results(runs: Sequence[RunRecord]) -> list[Markup]:
     for name in files:
         tables = tables_of({i: run.results[name] for i, run in enumerate(runs) if name in run.results})
         if tables:
-            parts.append(element("h3", name))
-        for table in tables:
-            if table.title:
-                parts.append(element("h4", table.title))
-            parts.append(_by_run(runs, table) if list(table.records) == [""] else _by_record(runs, table))
-            if table.left_out:
-                parts.append(element("p", f"{table.left_out:,} figures or rows were left out here.", cls="soft"))
+            parts += [element("h3", name), element("div", *(_result(runs, table) for table in tables), cls="tables")]
     return parts
+
+
+def _result(runs: Sequence[RunRecord], table: Table) -> Markup:
+    """A table under its title, with what was left out of it."""
+    whole = list(table.records) == [""]
+    title, left_out = table.title or ("whole run" if whole else ""), table.left_out
+    return element(
+        "div",
+        element("h4", title) if title else None,
+        _by_run(runs, table) if whole else _by_record(runs, table),
+        element("p", f"{left_out:,} figures or rows were left out here.", cls="soft") if left_out else None,
+    )
 
 
 def _by_run(runs: Sequence[RunRecord], table: Table) -> Markup:
@@ -212,16 +229,20 @@ def _by_record(runs: Sequence[RunRecord], table: Table) -> Markup:
     """A column for each figure; below a record's name a row for each run."""
     places = [(entry, i) for entry, by_run in table.records.items() for i in by_run]
     columns = [column_texts([table.records[entry][i].get(name) for entry, i in places]) for name in table.figures]
-    cells = dict(zip(places, zip(*columns, strict=True), strict=True))
-    head = element("tr", element("th", ""), *(element("th", _spaced(name), scope="col") for name in table.figures))
-    bodies, single = [], len(runs) == 1
+    cells = {place: [column[row] for column in columns] for row, place in enumerate(places)}
+    only = places[0][1] if len({i for _, i in places}) == 1 else None
+    who = [swatch(only), runs[only].name] if only is not None and len(runs) > 1 else []
+    head = element("tr", element("th", *who), *(element("th", _spaced(name), scope="col") for name in table.figures))
+    bodies = []
     for entry, by_run in table.records.items():
-        rows = [] if single else [element("tr", element("th", entry, cls="entry", colspan=len(table.figures) + 1))]
+        rows = []
+        if only is None:
+            rows.append(element("tr", element("th", entry, cls="entry", colspan=len(table.figures) + 1)))
         for i in by_run:
-            who = [entry] if single else [swatch(i), runs[i].name]
+            name = [swatch(i), runs[i].name] if only is None else [entry]
             own = [element("td", text) for text in cells[entry, i]]
-            rows.append(element("tr", element("th", *who, scope="row"), *own, cls=f"r{i}"))
-        bodies.append(element("tbody", *rows, cls=None if single else "entry"))
+            rows.append(element("tr", element("th", *name, scope="row"), *own, cls=f"r{i}"))
+        bodies.append(element("tbody", *rows, cls="entry" if only is None else None))
     return _wrapped(element("thead", head), *bodies)
 
 
@@ -253,16 +274,13 @@ def _curves(runs: Sequence[RunRecord], smoothing: float | int) -> list[Markup]:
         return []
     if left_out:
         parts.append(element("p", f"{left_out:,} more metrics are not drawn.", cls="soft"))
-    told = (
+    told = [
         f"Values by step; beside a run's name its last one. A curve has at most {MAX_POINTS} points: of a longer one "
-        "each point is the mean of equally many rows. Bands reach from the smallest to the largest value, of a point's "
-        "rows and of a row's seeds."
-    )
-    if smoothing:
-        told += (
-            f" Smooth lines are centred moving means over {smoothing:.0%} of the points, raw ones lie pale behind them."
-        )
-    return [element("p", told, cls="soft"), *parts]
+        "each point is the mean of equally many rows. ",
+        "Bands reach from the smallest to the largest value, of a point's rows and of a row's seeds. ",
+        f"Smooth lines are centred moving means over {smoothing:.0%} of the points, raw ones lie pale behind them.",
+    ]
+    return [element("p", *told[: 3 if smoothing else 2], cls="soft"), *parts]
 
 
 def _lines(runs: Sequence[RunRecord], phase: str, metric: str) -> list[Line]:

@@ -30,7 +30,6 @@ gap:.35rem .5rem;align-items:center}
 label{display:inline-flex;align-items:center;gap:.4em;max-width:18em;padding:.16em .7em;border:1px solid var(--line);
 border-radius:99px;background:var(--card);font-size:.9rem;cursor:pointer;user-select:none}
 label .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-label.off{opacity:.5}
 label.switch::before{content:"";width:.72em;height:.72em;border:1.5px solid var(--soft);border-radius:3px}
 .swatch{width:22px;height:10px;flex:none}
 .cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:14px}
@@ -66,10 +65,13 @@ svg path.band{fill:currentColor;fill-opacity:.16}
 .legend .name{color:var(--ink);overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .legend .seeds{color:var(--soft);white-space:nowrap}
 .legend .last{color:var(--ink);margin-left:auto;font-weight:600}
+.tables{display:flex;flex-wrap:wrap;gap:0 2.2em;align-items:flex-start}
+.tables>div{max-width:100%}
 .wrap{overflow-x:auto;max-width:100%;width:fit-content;margin:.5em 0 1.1em}
 table{border-collapse:collapse;font-size:.92rem}
 th,td{padding:.36em .95em;text-align:right;white-space:nowrap;vertical-align:top}
-thead th{font-weight:600;border-bottom:1px solid var(--line);vertical-align:bottom}
+thead th{white-space:normal;min-width:5.5em;max-width:13em;font-weight:600;border-bottom:1px solid var(--line);
+vertical-align:bottom}
 thead th .swatch{margin-right:.45em}
 tbody th{font-weight:400;text-align:left;position:sticky;left:0;background:var(--card);max-width:22em;
 overflow:hidden;text-overflow:ellipsis}
@@ -87,7 +89,7 @@ tr.differs>*{background:var(--mark)}
 details{margin:.6em 0}
 summary{cursor:pointer;color:var(--soft);padding:.2em 0}
 summary:hover{color:var(--ink)}
-.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,520px),1fr));gap:14px}
+.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,370px),1fr));gap:14px}
 .pictures figure{color:var(--ink)}
 .shown{padding:10px;background:#fff;color:#1b1d21}
 .shown img{display:block;max-width:100%;height:auto;margin:0 auto}

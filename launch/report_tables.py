@@ -17,9 +17,9 @@ class Table(NamedTuple):
     """Figures of records, such as a teacher's and its student's, in several runs.
 
     Attributes:
-      title: what the records have in common; empty for figures of the whole run.
+      title: what the records have in common; empty for several without a common name, and for the whole run.
       figures: the columns.
-      records: by name of the record and number of the run, its values by figure.
+      records: by name of the record (empty where it is the only one) and number of the run, its values by figure.
       left_out: how many figures and records were too many.
     """
 
@@ -71,15 +71,18 @@ def tables_of(contents: Mapping[int, Record]) -> list[Table]:
                 break
         else:
             groups.append((own, {name: records}))
-    tables = [_table("" if len(group) > 1 else next(iter(group)), group) for _, group in groups]
+    tables = [_table("", group) for _, group in groups if len(group) > 1]
     tables += [_table(title, records) for title, records in titled.items()]
+    tables += [_table(title, {"": group[title]}) for _, group in groups if len(group) == 1 for title in group]
     if len(names) > _MAX_NAMES or whole:
         tables.append(_table("", {"": whole}, len(names[_MAX_NAMES:])))
-    return tables
+    return [table for table in tables if table.figures or table.left_out]
 
 
 def _table(title: str, records: Mapping[str, Mapping[int, Record]], left_out: int = 0) -> Table:
-    figures = _union(record for by_run in records.values() for record in by_run.values())
+    rows = [record for by_run in records.values() for record in by_run.values()]
+    lists = {name for row in rows for name, value in row.items() if isinstance(value, list)}
+    figures = tuple(sorted(_union(rows), key=lists.__contains__))  # single numbers first
     shown = dict(list(records.items())[:_MAX_RECORDS])
     left_out += max(0, len(figures) - _MAX_FIGURES) + len(records) - len(shown)
     return Table(title, figures[:_MAX_FIGURES], shown, left_out)

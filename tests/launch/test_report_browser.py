@@ -110,7 +110,7 @@ def test_the_switches_switch(browser, page, tmp_path, name, checked):
     first, _ = shot(browser, tmp_path, page)
     second, said = shot(browser, tmp_path, page.replace(before, after))
     assert said == []
-    assert (first != second).any(-1).mean() > 1e-3
+    assert (first != second).any(-1).mean() > 3e-4  # far more than the mark of the switch
     if name == "run0":
         blue = (0, 114, 178)
         assert share(second, blue) < 0.5 * share(first, blue)
