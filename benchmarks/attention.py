@@ -1,13 +1,14 @@
 """Time, memory and arithmetic of softplus attention beside softmax attention.
 
-    python benchmarks/attention.py --lengths 1024 2048 4096
-    python benchmarks/attention.py --memory --lengths 8192 16384 32768
+    python -m benchmarks.attention --lengths 1024 2048 4096
+    python -m benchmarks.attention --memory --lengths 8192 16384 32768
 
 Every row is one attention function at one length: causal, one batch, forward, and forward with backward, under ``jit``.
 The functions of a length take turns in one process; a time is the median over rounds. Columns:
 
   forward, both   milliseconds;
-  ratio           forward and both, to the first function of the length, the median of quotients of neighbours in time;
+  ratio           of times to the first function's, the median of quotients of neighbours in time;
+  speedup         the inverse of that of both;
   GFLOP/s         of the multiplications and additions that the method needs, a causal call counting half;
   share           of the peak given by ``--peak`` (TFLOP/s), if it is;
   MiB             of temporary buffers, forward with backward, from the compiler's memory analysis.
@@ -18,8 +19,6 @@ bfloat16) and the Pallas kernels take part.
 
 import argparse
 import functools
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from benchmarks.records import Row, Tables, run_suite
 from poise.attention import dot_product_attention, softplus_attention
 
 
@@ -90,7 +90,7 @@ def compiled(function: Callable, args: tuple, backward: bool) -> Any:
     return jax.jit(run).lower(*args).compile()
 
 
-def measure(names: list[str], length: int, options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(names: list[str], length: int, options: argparse.Namespace) -> list[Row]:
     known = contestants()
     shape = (1, length, options.heads, options.width)
     programs: dict[str, list[Any]] = {}
@@ -113,11 +113,7 @@ def measure(names: list[str], length: int, options: argparse.Namespace) -> list[
     rows = []
     for name in names:
         memory = programs[name][1][0].memory_analysis()
-        row: dict[str, Any] = {
-            "length": length,
-            "name": name,
-            "MiB": None if memory is None else memory.temp_size_in_bytes / 2**20,
-        }
+        row: Row = {"function": name}
         if not options.memory:
             for part, label in enumerate(("forward", "both")):
                 own, first = times[name][part][1:], times[names[0]][part][1:]  # the first round warms up
@@ -128,16 +124,17 @@ def measure(names: list[str], length: int, options: argparse.Namespace) -> list[
                 row[f"{label} GFLOP/s"] = rate / 1e9
                 if options.peak:
                     row[f"{label} share"] = rate / (1e12 * options.peak)
+            row["speedup"] = 1 / row["both ratio"]
+        row["MiB"] = None if memory is None else memory.temp_size_in_bytes / 2**20
         rows.append(row)
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        cells = [row.get(c) for c in columns]
-        print("| " + " | ".join(f"{c:.3g}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
+def tables(options: argparse.Namespace) -> Tables:
+    names = options.only or list(contestants())
+    what = "memory" if options.memory else "causal attention"
+    for length in options.lengths:
+        yield f"{what}, length {length}, {options.heads} heads of {options.width}", measure(names, length, options)
 
 
 def main() -> None:
@@ -146,21 +143,10 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", help="names of functions, the first being what ratios are to")
+    parser.add_argument("--only", nargs="+", choices=list(contestants()), help="the first is what ratios are to")
     parser.add_argument("--memory", action="store_true", help="compile alone")
     parser.add_argument("--peak", type=float, help="TFLOP/s that the device can do at most")
-    parser.add_argument("--json", help="a file for the rows")
-    options = parser.parse_args()
-    names = options.only or list(contestants())
-    unknown = set(names) - contestants().keys()
-    if unknown:
-        parser.error(f"--only knows {', '.join(contestants())}, got {', '.join(sorted(unknown))}")
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}, heads {options.heads}")
-    rows = [row for length in options.lengths for row in measure(names, length, options)]
-    show(rows)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    run_suite("attention", parser, tables)
 
 
 if __name__ == "__main__":

@@ -9,20 +9,18 @@ over rounds of the quotient of two neighbours in time. Run it on a machine that 
 wait for each other. Columns:
 
   images/s   median over the rounds;
-  ratio      to eager PyTorch, more is faster;
-  compile    seconds before the first cycle was done;
+  speedup    to eager PyTorch, with quartiles; the sampler has a table of its own;
+  compile s  seconds before the first cycle was done;
   of peak    the floating point operations that XLA counts for poise's program, per second, over those of the largest
              matrix product that the same library reached in this process;
-  memory     the peak of the process in MiB over what it held before its first cycle, each contestant in a process of
+  MiB        the peak of the process in MiB over what it held before its first cycle, each contestant in a process of
              its own (on a GPU: what its library reports).
 
 ``--compiled`` lets PyTorch compile its networks, where that works.
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -34,6 +32,7 @@ import numpy as np
 import optax
 import torch
 
+from benchmarks.records import Row, Tables, run_suite
 from benchmarks.torch_fdistill import TorchDistillation
 from poise.fdistill import FDistillConfig, Optimizers, f_distill, karras_sigmas, many_steps
 from poise.nets import RatioHead, edm_network, to_state_dict
@@ -260,7 +259,7 @@ def peak_flops(precision: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def measure(size: str, precision: str, compiled: bool, rounds: int) -> dict:
+def measure(size: str, precision: str, compiled: bool, rounds: int) -> Tables:
     problem = Problem(size, precision)
     difference = largest_difference(problem)
     assert difference < 1e-3, f"the two networks differ by {difference}"
@@ -277,39 +276,38 @@ def measure(size: str, precision: str, compiled: bool, rounds: int) -> dict:
                 times[name][what].append(time.perf_counter() - start)
     peak = peak_flops(precision)
     images = {"cycle": problem.batch * (1 + problem.config.fake_updates), "sample": problem.batch}
-    rows = []
-    for name, contestant in field.items():
-        row = {"name": name, "compile_seconds": contestant.compile_seconds}
-        for what in ("cycle", "sample"):
-            ours, first = times[name][what], next(iter(times.values()))[what]
+
+    def rows(what: str) -> list[Row]:
+        first = next(iter(times.values()))[what]
+        found = []
+        for name in field:
+            ours = times[name][what]
             ratios = [b / a for a, b in zip(ours, first, strict=True)]
-            row[f"{what}_images_per_second"] = images[what] / statistics.median(ours)
-            row[f"{what}_ratio"] = statistics.median(ratios)
-            row[f"{what}_ratio_quartiles"] = [float(q) for q in np.quantile(ratios, [0.25, 0.75])]
+            found.append(
+                {
+                    "library": name,
+                    "images/s": images[what] / statistics.median(ours),
+                    "speedup": statistics.median(ratios),
+                    "quartiles": [float(q) for q in np.quantile(ratios, [0.25, 0.75])],
+                }
+            )
+        return found
+
+    cycles = rows("cycle")
+    for row, (name, contestant) in zip(cycles, field.items(), strict=True):
         seconds = statistics.median(times[name]["cycle"])
-        row["share_of_peak"] = None if contestant.flops is None else contestant.flops / seconds / peak
-        row["memory_mib"] = memory_of(name, size, precision, compiled)
-        rows.append(row)
-    return {"size": size, "precision": precision, "difference": difference, "batch": problem.batch,
-            "peak_gflops": peak / 1e9, "rows": rows}  # fmt: skip
+        row["compile s"] = contestant.compile_seconds
+        row["of peak"] = None if contestant.flops is None else contestant.flops / seconds / peak
+        row["MiB"] = memory_of(name, size, precision, compiled)
+    setting = f"{size}, {precision}, batch {problem.batch}"
+    print(f"the teachers' outputs differ by at most {difference:.1e}; a product reaches {peak / 1e9:.0f} GFLOP/s")
+    yield f"a cycle of distillation, {setting}", cycles
+    yield f"the sampler, {setting}", rows("sample")
 
 
-def show(result: dict) -> None:
-    print(
-        f"\n{result['size']}, {result['precision']}, batch {result['batch']}; the teachers' outputs differ by at most "
-        f"{result['difference']:.1e}; a matrix product reaches {result['peak_gflops']:.0f} GFLOP/s"
-    )
-    print(f"{'':18}{'cycle: images/s':>17}{'ratio':>7}{'quartiles':>12}{'sampler: images/s':>19}{'ratio':>7}"
-          f"{'compile':>9}{'of peak':>9}{'memory':>8}")  # fmt: skip
-    for row in result["rows"]:
-        low, high = row["cycle_ratio_quartiles"]
-        share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.1%}"
-        memory = "" if row["memory_mib"] is None else f"{row['memory_mib']:.0f}"
-        print(
-            f"{row['name']:18}{row['cycle_images_per_second']:17.0f}{row['cycle_ratio']:7.2f}"
-            f"{f'{low:.2f}-{high:.2f}':>12}{row['sample_images_per_second']:19.0f}{row['sample_ratio']:7.2f}"
-            f"{row['compile_seconds']:8.0f}s{share:>9}{memory:>8}"
-        )
+def tables(options: argparse.Namespace) -> Tables:
+    for size in options.size:
+        yield from measure(size, options.precision, options.compiled, options.rounds)
 
 
 def main() -> None:
@@ -318,26 +316,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32", help="of the networks")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile")
     parser.add_argument("--rounds", type=int, default=9, help="turns that the contestants take")
-    parser.add_argument("--output", help="a JSON file for the numbers")
-    arguments = parser.parse_args()
-    machine = {
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results = []
-    for size in arguments.size:
-        results.append(measure(size, arguments.precision, arguments.compiled, arguments.rounds))
-        show(results[-1])
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump({**machine, "results": results}, file, indent=2)
+    run_suite("fdistill", parser, tables, peers=("torch",))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Step time and memory of poise's optimizers beside the ones that a user would pick instead.
 
-    python benchmarks/optim.py --sizes 1e6 1e7 1e8
+    python -m benchmarks.optim --sizes 1e6 1e7 1e8
 
 Every row is one optimizer on one tree of parameters: a whole step (update and ``apply_updates``) under ``jit`` with
 donated parameters and state. The optimizers of a comparison take turns in one process, so that a ratio is the median
 over rounds of the quotient of two neighbours in time. Columns:
 
   ns/value   median time of a step over the number of parameters;
-  ratio      to the comparison's first optimizer;
+  ratio      of the times to the comparison's first optimizer, with quartiles; ``speedup`` is its inverse;
   bytes      that a step has to move per parameter: each buffer read or written once;
   copies     the time over that of a plain copy that moves the same number of bytes, measured in the same rounds;
   extra      bytes of temporary buffers per parameter, from the compiler's memory analysis;
@@ -20,8 +20,6 @@ The official AdamP for PyTorch (``pip install torch adamp``) takes part if it is
 """
 
 import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -32,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.records import Tables, run_suite
 from poise.optim import adamp, lion_kappa, sgdp
 
 IN_PLACE = {"xla_cpu_copy_insertion_use_region_analysis": True}
@@ -164,7 +163,7 @@ def comparisons() -> dict[str, dict[str, Callable | None]]:
 def measure(entries: dict[str, Callable | None], size: int, leaves: int, seconds: float, rounds: int) -> list[dict]:
     shapes = leaf_shapes(size, leaves)
     count = sum(np.prod(shape) for shape in shapes)
-    field = {"copy": plain_copy, **{name: entry for name, entry in entries.items() if entry is not None}}
+    field = {name: entry for name, entry in entries.items() if entry is not None} | {"plain copy": plain_copy}
     contestants = {name: enter(shapes) for name, enter in field.items()}
     steps = {}
     for name, contestant in contestants.items():
@@ -189,32 +188,27 @@ def measure(entries: dict[str, Callable | None], size: int, leaves: int, seconds
         rows.append(
             {
                 "optimizer": name,
-                "values": int(count),
-                "leaves": leaves,
-                "ns_per_value": statistics.median(times[name]) / count * 1e9,
+                "ns/value": statistics.median(times[name]) / count * 1e9,
                 "ratio": statistics.median(ratios),
-                "ratio_quartiles": [float(q) for q in np.quantile(ratios, [0.25, 0.75])],
-                "bytes_per_value": contestant.buffers * FLOAT,
-                "copies": statistics.median(quotients(name, "copy")) * 2 / contestant.buffers,
-                "extra_bytes_per_value": None if contestant.extra is None else contestant.extra / count,
-                "peak_bytes_per_value": None if contestant.peak is None else contestant.peak / count,
+                "quartiles": [float(q) for q in np.quantile(ratios, [0.25, 0.75])],
+                "speedup": 1 / statistics.median(ratios),
+                "bytes": contestant.buffers * FLOAT,
+                "copies": statistics.median(quotients(name, "plain copy")) * 2 / contestant.buffers,
+                "extra": None if contestant.extra is None else float(contestant.extra / count),
+                "peak": None if contestant.peak is None else float(contestant.peak / count),
             }
         )
     return rows
 
 
-def show(title: str, rows: list[dict]) -> None:
-    print(f"\n{title}: {rows[0]['values']:,} values in {rows[0]['leaves']} leaves")
-    print(f"{'':22}{'ns/value':>9}{'ratio':>8}{'quartiles':>14}{'bytes':>7}{'copies':>8}{'extra':>7}{'peak':>7}")
-    for row in rows:
-        low, high = row["ratio_quartiles"]
-        extra, peak = (
-            "" if row[key] is None else f"{row[key]:.1f}" for key in ("extra_bytes_per_value", "peak_bytes_per_value")
-        )
-        print(
-            f"{row['optimizer']:22}{row['ns_per_value']:9.3f}{row['ratio']:8.2f}{f'{low:.2f}-{high:.2f}':>14}"
-            f"{row['bytes_per_value']:7}{row['copies']:8.2f}{extra:>7}{peak:>7}"
-        )
+def tables(options: argparse.Namespace) -> Tables:
+    for title, entries in comparisons().items():
+        if options.only and title not in options.only:
+            continue
+        for size in options.sizes:
+            for leaves in options.leaves:
+                rows = measure(entries, int(size), leaves, options.seconds, options.rounds)
+                yield f"{title}, {int(size):,} values in {leaves} leaves", rows
 
 
 def main() -> None:
@@ -224,31 +218,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=sorted(comparisons()), help="some of the comparisons")
     parser.add_argument("--seconds", type=float, default=2.0, help="that each optimizer runs per tree")
     parser.add_argument("--rounds", type=int, default=15, help="turns that they take in that time")
-    parser.add_argument("--output", help="a JSON file for the numbers")
-    arguments = parser.parse_args()
-    device = jax.devices()[0]
-    machine = {
-        "backend": jax.default_backend(),
-        "device": device.device_kind,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "optax": optax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results = []
-    for title, entries in comparisons().items():
-        if arguments.only and title not in arguments.only:
-            continue
-        for size in arguments.sizes:
-            for leaves in arguments.leaves:
-                rows = measure(entries, int(size), leaves, arguments.seconds, arguments.rounds)
-                show(title, rows)
-                results += [{"comparison": title, **row} for row in rows]
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=1)
+    run_suite("optim", parser, tables, peers=("torch", "adamp"))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Integer products, reconstruction and files of quantized weights beside what a user would do without them.
 
-    python benchmarks/quant.py --sizes 256 1024 2048
+    python -m benchmarks.quant --sizes 256 1024 2048
 
 Three comparisons, each a table:
 
@@ -13,9 +13,7 @@ Three comparisons, each a table:
 """
 
 import argparse
-import json
 import pathlib
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.records import Row, Tables, run_suite
 from poise.launch.quantized_files import save_quantized
 from poise.quant import (
     FlexRound,
@@ -66,7 +65,7 @@ def rounds_of(contestants: dict[str, Callable[[], Any]], seconds: float, rounds:
     return times
 
 
-def products(size: int, rows: int, seconds: float, rounds: int) -> list[dict[str, Any]]:
+def products(size: int, rows: int, seconds: float, rounds: int) -> list[Row]:
     w, x = jnp.asarray(draw((size, size), 0)), jnp.asarray(draw((rows, size), 1))
     matmul, integers = jax.jit(jnp.matmul), jax.jit(int8_dot)
     on_the_fly = jax.jit(lambda x, tensor: x @ dequantize_tensor(tensor))
@@ -84,11 +83,9 @@ def products(size: int, rows: int, seconds: float, rounds: int) -> list[dict[str
     return [
         {
             "path": name,
-            "size": size,
-            "rows": rows,
             "milliseconds": statistics.median(values) * 1e3,
             "speedup": statistics.median(a / b for a, b in zip(times["float32"], values, strict=True)),
-            "bytes_per_weight": tree_nbytes(weights[name]) / size**2,
+            "bytes/weight": tree_nbytes(weights[name]) / size**2,
         }
         for name, values in times.items()
     ]
@@ -126,7 +123,7 @@ def with_torch(w: np.ndarray, x: np.ndarray, bits: int, steps: int, batch: int) 
     return run
 
 
-def reconstruction(size: int, steps: int, batch: int, bits: int = 4) -> list[dict[str, Any]]:
+def reconstruction(size: int, steps: int, batch: int, bits: int = 4) -> list[Row]:
     w, x = draw((size, size), 0), draw((4 * batch, size), 1)
     params, inputs = {"kernel": jnp.asarray(w)}, jnp.asarray(x)
     optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, steps))
@@ -150,7 +147,7 @@ def reconstruction(size: int, steps: int, batch: int, bits: int = 4) -> list[dic
         )
         return float(losses[-1])
 
-    contestants = {"poise": ours, "PyTorch": with_torch(w, x, bits, steps, batch)}
+    contestants = {"PyTorch": with_torch(w, x, bits, steps, batch), "poise": ours}
     rows = []
     for name, run in contestants.items():
         if run is None:
@@ -160,22 +157,20 @@ def reconstruction(size: int, steps: int, batch: int, bits: int = 4) -> list[dic
             start = time.perf_counter()
             loss = run()
             times.append(time.perf_counter() - start)
-        best = statistics.median(times[1:])
         rows.append(
             {
                 "library": name,
-                "size": size,
-                "batch": batch,
-                "steps": steps,
-                "steps_per_second": steps / best,
-                "first_run_seconds": times[0],
-                "last_loss": loss,
+                "steps/s": steps / statistics.median(times[1:]),
+                "first run s": times[0],
+                "last loss": loss,
             }
         )
+    for row in rows:
+        row["speedup"] = row["steps/s"] / rows[0]["steps/s"]
     return rows
 
 
-def files(size: int) -> list[dict[str, Any]]:
+def files(size: int) -> list[Row]:
     from safetensors.numpy import save_file
 
     w = draw((size, size), 0)
@@ -183,35 +178,34 @@ def files(size: int) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "model.safetensors"
         save_file({"kernel": w}, path)
-        rows.append({"bits": "float32", "size": size, "memory": w.nbytes, "disk": path.stat().st_size})
+        rows.append({"bits": "float32", "memory": w.nbytes, "disk": path.stat().st_size})
         for bits in (8, 4, 3, 2, 1):
             quantized = exported(jnp.asarray(w), bits)
             save_quantized(path, quantized)
-            rows.append({"bits": bits, "size": size, "memory": tree_nbytes(quantized), "disk": path.stat().st_size})
+            rows.append({"bits": str(bits), "memory": tree_nbytes(quantized), "disk": path.stat().st_size})
     for row in rows:
-        row["of_float32"] = row["disk"] / rows[0]["disk"]
+        row["of float32"] = row["disk"] / rows[0]["disk"]
     return rows
 
 
-def show(title: str, rows: list[dict[str, Any]]) -> None:
-    names = list(rows[0])
-    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
-    widths = [max(len(name), *(len(row[i]) for row in cells)) + 2 for i, name in enumerate(names)]
-    print(f"\n{title}")
-    for line in (names, *cells):
-        print(
-            "".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-            )
-        )
+def tables(options: argparse.Namespace) -> Tables:
+    for what in options.only or ("products", "reconstruct", "files"):
+        for size in options.sizes:
+            if what == "products":
+                for rows in options.rows:
+                    title = f"products, {rows} rows by {size} x {size}"
+                    yield title, products(size, rows, options.seconds, options.rounds)
+            elif what == "reconstruct":
+                title = f"reconstruct, {size} x {size}, {options.steps} steps of {options.batch} examples"
+                yield title, reconstruction(size, options.steps, options.batch)
+            else:
+                yield f"files, {size} x {size}", files(size)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[256, 1024, 2048], help="inputs and features of the layer"
-    )
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 256], help="rows of x")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[256, 1024], help="inputs and features of the layer")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 1024], help="rows of x")
     parser.add_argument("--steps", type=int, default=500, help="of a reconstruction")
     parser.add_argument("--batch", type=int, default=32, help="examples of its step")
     parser.add_argument(
@@ -219,33 +213,7 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="that each product runs")
     parser.add_argument("--rounds", type=int, default=15, help="turns that they take in that time")
-    parser.add_argument("--output", help="a JSON file for the numbers")
-    arguments = parser.parse_args()
-    machine = {
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    results: dict[str, list[dict[str, Any]]] = {}
-    for title in arguments.only or ("products", "reconstruct", "files"):
-        for size in arguments.sizes:
-            tables = {
-                "products": lambda n=size: [
-                    products(n, rows, arguments.seconds, arguments.rounds) for rows in arguments.rows
-                ],
-                "reconstruct": lambda n=size: [reconstruction(n, arguments.steps, arguments.batch)],
-                "files": lambda n=size: [files(n)],
-            }[title]()
-            for rows in tables:
-                show(f"{title}, {size} x {size}", rows)
-                results.setdefault(title, []).extend(rows)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump({"machine": machine, "results": results}, file, indent=1)
+    run_suite("quant", parser, tables, peers=("torch",))
 
 
 if __name__ == "__main__":

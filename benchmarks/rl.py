@@ -1,21 +1,22 @@
 """Training speed of poise's DQN, one seed and several, beside a host-loop DQN in PyTorch; and HL-Gauss beside a port.
 
-    python benchmarks/rl.py --seconds 5
+    python -m benchmarks.rl --seconds 5
 
-The agents are alike: catch, 32 environments, perceptrons 256-128, one update of 64 transitions for every step of all
+The agents are alike: catch, 32 environments, a perceptron, one update of 64 transitions for every step of all
 environments. Compilation is left out. Columns:
 
   steps/s    environment steps per second of the whole training loop, over all seeds;
-  ratio      to one seed of poise.
+  speedup    to the first row.
 
-PyTorch (``pip install torch``) takes part if it is installed, with environments and replay in NumPy, as is usual, and
-so does hl-gauss-pytorch (``pip install hl-gauss-pytorch``) in the second table, of targets encoded and decoded.
+PyTorch (``pip install torch``) takes part if it is installed, with environments and replay in NumPy, as is usual: with
+the same 32 environments, and with one environment and one update every fourth step, as its agents are mostly run. So
+does rejax (``pip install rejax``), whose agents run on the device as poise's do: its double DQN with a squared error on
+gymnax's catch, beside which stands poise's with a squared error. The second table is of targets encoded and decoded;
+hl-gauss-pytorch (``pip install hl-gauss-pytorch``) takes part if it is installed.
 """
 
 import argparse
-import importlib.util
-import json
-import platform
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -25,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.records import Row, Tables, run_suite, version_of
 from poise.nets import ValueMLP
-from poise.rl import DQNConfig, catch, dqn, hl_gauss, over_seeds
+from poise.rl import DQNConfig, ValueTransform, catch, dqn, hl_gauss, over_seeds, scalar
 
 ROWS, COLUMNS, ENVS, BATCH, CAPACITY = 10, 5, 32, 64, 50_000
 V_MIN, V_MAX, BINS = -1.5, 1.5, 51
@@ -43,10 +45,9 @@ def rate_of(run: Callable[[], int], seconds: float) -> float:
     return statistics.median(rates)
 
 
-def poise_agent(seeds: int) -> Callable[[], int]:
-    transform = hl_gauss(V_MIN, V_MAX, BINS)
+def poise_agent(seeds: int, hidden: tuple[int, ...], transform: ValueTransform) -> Callable[[], int]:
     config = DQNConfig(num_envs=ENVS, batch_size=BATCH, buffer_size=CAPACITY, iterations=100)
-    net = ValueMLP(3, transform.num_outputs)
+    net = ValueMLP(3, transform.num_outputs, hidden)
     agent = over_seeds(dqn(catch(ROWS, COLUMNS), net, transform, optax.adam(1e-3), config), seeds)
     step = jax.jit(agent.step, donate_argnums=0)
     held = [jax.jit(agent.init)(jax.random.key(0), ()), 0]
@@ -60,7 +61,56 @@ def poise_agent(seeds: int) -> Callable[[], int]:
     return run
 
 
-def torch_agent() -> Callable[[], int]:
+def rejax_agent(hidden: tuple[int, ...]) -> Callable[[], int]:
+    """The double DQN of rejax, on gymnax's catch."""
+    import gymnax
+    from rejax import DQN
+
+    class Joined:
+        """An environment of gymnax 1.0 with the one flag for an episode's end that rejax expects."""
+
+        def __init__(self, env):
+            self._env = env
+
+        def __getattr__(self, name):
+            return getattr(self._env, name)
+
+        def __deepcopy__(self, memo):
+            return self
+
+        def step(self, *arguments):
+            observation, state, reward, terminated, truncated, more = self._env.step(*arguments)
+            return observation, state, reward, terminated | truncated, more
+
+    env, env_params = gymnax.make("Catch-bsuite")
+    agent = DQN.create(
+        env=Joined(env),
+        env_params=env_params,
+        num_envs=ENVS,
+        batch_size=BATCH,
+        buffer_size=CAPACITY,
+        fill_buffer=ENVS,
+        learning_rate=1e-3,
+        total_timesteps=10**8,
+        agent_kwargs={"activation": "relu"},
+    )
+    agent = agent.replace(agent=agent.agent.copy(hidden_layer_sizes=hidden))
+
+    def iterations(state):
+        return jax.lax.fori_loop(0, 100, lambda _, state: agent.train_iteration(state), state)
+
+    several = jax.jit(iterations, donate_argnums=0)
+    fresh = agent.init_state(jax.random.key(0))
+    held = [jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), fresh)]  # no buffer twice, so that all can be donated
+
+    def run() -> int:
+        held[0] = jax.block_until_ready(several(held[0]))
+        return 100 * ENVS
+
+    return run
+
+
+def torch_agent(hidden: tuple[int, ...], envs: int = ENVS, every: int = 1) -> Callable[[], int]:
     """A DQN with HL-Gauss whose loop runs in Python."""
     import torch
     from torch import nn
@@ -69,15 +119,16 @@ def torch_agent() -> Callable[[], int]:
     rng = np.random.default_rng(0)
 
     def network():
-        layers = (nn.Linear(ROWS * COLUMNS, 256), nn.ReLU(), nn.Linear(256, 128), nn.ReLU(), nn.Linear(128, 3 * BINS))
-        return nn.Sequential(nn.Flatten(), *layers)
+        widths = (ROWS * COLUMNS, *hidden)
+        layers = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(nn.Flatten(), *layers, nn.Linear(widths[-1], 3 * BINS))
 
     online, target = network(), network()
     target.load_state_dict(online.state_dict())
     tx = torch.optim.Adam(online.parameters(), 1e-3)
     edges = torch.linspace(V_MIN, V_MAX, BINS + 1)
     centers, sigma = (edges[1:] + edges[:-1]) / 2, 0.75 * (V_MAX - V_MIN) / BINS
-    ball, column, paddle = np.zeros(ENVS, int), rng.integers(COLUMNS, size=ENVS), np.full(ENVS, COLUMNS // 2)
+    ball, column, paddle = np.zeros(envs, int), rng.integers(COLUMNS, size=envs), np.full(envs, COLUMNS // 2)
     store = {
         "seen": np.zeros((CAPACITY, ROWS, COLUMNS), np.float32),
         "next": np.zeros((CAPACITY, ROWS, COLUMNS), np.float32),
@@ -85,12 +136,12 @@ def torch_agent() -> Callable[[], int]:
         "reward": np.zeros(CAPACITY, np.float32),
         "alive": np.zeros(CAPACITY, np.float32),
     }
-    count = {"items": 0, "updates": 0}
+    count = {"items": 0, "steps": 0, "updates": 0}
 
     def draw():
-        pictures = np.zeros((ENVS, ROWS, COLUMNS), np.float32)
-        pictures[np.arange(ENVS), ball, column] = 1
-        pictures[np.arange(ENVS), -1, paddle] = 1
+        pictures = np.zeros((envs, ROWS, COLUMNS), np.float32)
+        pictures[np.arange(envs), ball, column] = 1
+        pictures[np.arange(envs), -1, paddle] = 1
         return pictures
 
     def values(net, pictures):
@@ -100,17 +151,20 @@ def torch_agent() -> Callable[[], int]:
         seen = draw()
         with torch.no_grad():
             action = values(online, torch.from_numpy(seen)).argmax(-1).numpy()
-        action = np.where(rng.random(ENVS) < 0.1, rng.integers(3, size=ENVS), action)
+        action = np.where(rng.random(envs) < 0.1, rng.integers(3, size=envs), action)
         paddle[:] = np.clip(paddle + action - 1, 0, COLUMNS - 1)
         ball[:] += 1
         over = ball == ROWS - 1
         reward = np.where(over, np.where(paddle == column, 1, -1), 0)
         after = draw()
-        place = (count["items"] + np.arange(ENVS)) % CAPACITY
+        place = (count["items"] + np.arange(envs)) % CAPACITY
         for name, item in (("seen", seen), ("next", after), ("action", action), ("reward", reward), ("alive", ~over)):
             store[name][place] = item
-        count["items"] += ENVS
+        count["items"] += envs
+        count["steps"] += 1
         column[over], ball[over], paddle[over] = rng.integers(COLUMNS, size=over.sum()), 0, COLUMNS // 2
+        if count["steps"] % every:
+            return
         index = rng.integers(min(count["items"], CAPACITY), size=BATCH)
         batch = {name: torch.from_numpy(data[index]) for name, data in store.items()}
         with torch.no_grad():
@@ -129,7 +183,7 @@ def torch_agent() -> Callable[[], int]:
     def run() -> int:
         for _ in range(100):
             iterate()
-        return 100 * ENVS
+        return 100 * envs
 
     return run
 
@@ -161,31 +215,38 @@ def torch_transform(size: int) -> Callable[[], int]:
     return run
 
 
+def rows_of(rates: dict[str, float], what: str) -> list[Row]:
+    first = next(iter(rates.values()))
+    return [{"program": name, what: rate, "speedup": rate / first} for name, rate in rates.items()]
+
+
+def tables(options: argparse.Namespace) -> Tables:
+    hidden, gauss = tuple(options.hidden), hl_gauss(V_MIN, V_MAX, BINS)
+    agents: dict[str, Callable[[], int]] = {
+        f"poise, {n} seed{'s' * (n > 1)}": poise_agent(n, hidden, gauss) for n in options.seeds
+    }
+    agents["poise, squared error"] = poise_agent(1, hidden, scalar())
+    if version_of("rejax"):
+        agents["rejax, squared error"] = rejax_agent(hidden)
+    if version_of("torch"):
+        agents["PyTorch, 32 environments"] = torch_agent(hidden)
+        agents["PyTorch, 1 environment"] = torch_agent(hidden, envs=1, every=4)
+    rates = {name: rate_of(agent, options.seconds) for name, agent in agents.items()}
+    widths = "-".join(map(str, hidden))
+    yield f"DQN with HL-Gauss on catch, perceptron {widths}, the whole training loop", rows_of(rates, "steps/s")
+    rates = {"poise": rate_of(poise_transform(options.targets), options.seconds)}
+    if version_of("hl-gauss-pytorch"):
+        rates["hl-gauss-pytorch"] = rate_of(torch_transform(options.targets), options.seconds)
+    yield "HL-Gauss, targets encoded and decoded", rows_of(rates, "values/s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 64], help="widths of the networks")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--targets", type=int, default=100_000, help="values encoded and decoded at once")
-    parser.add_argument("--json", help="a file for the results")
-    args = parser.parse_args()
-    has = {name: importlib.util.find_spec(name) is not None for name in ("torch", "hl_gauss_pytorch")}
-    print(f"{platform.processor() or platform.machine()}, jax {jax.__version__} on {jax.devices()[0].device_kind}")
-    training = {f"poise, {n} seed{'s' * (n > 1)}": rate_of(poise_agent(n), args.seconds) for n in args.seeds}
-    if has["torch"]:
-        training["PyTorch, host loop, 1 seed"] = rate_of(torch_agent(), args.seconds)
-    first = next(iter(training.values()))
-    print(f"{'training loop':32} {'steps/s':>10} {'ratio':>7}")
-    for name, rate in training.items():
-        print(f"{name:32} {rate:10.0f} {rate / first:7.2f}")
-    transforms = {"poise": rate_of(poise_transform(args.targets), args.seconds)}
-    if has["hl_gauss_pytorch"]:
-        transforms["hl-gauss-pytorch"] = rate_of(torch_transform(args.targets), args.seconds)
-    print(f"{'HL-Gauss, encode and decode':32} {'values/s':>10}")
-    for name, rate in transforms.items():
-        print(f"{name:32} {rate:10.3g}")
-    if args.json:
-        with open(args.json, "w") as file:
-            json.dump({"training": training, "transforms": transforms}, file, indent=1)
+    run_suite("rl", parser, tables, peers=("torch", "rejax", "hl-gauss-pytorch"))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 """Time and accuracy of the two-pass softmax beside jax's.
 
-    python benchmarks/softmax.py --shapes 64x4096 512x4096
+    python -m benchmarks.softmax --shapes 64x4096 512x4096
 
 Every row is one softmax on one shape of float32 numbers, uniform in [-30, 30], under ``jit``. The functions of a shape
 take turns in one process. Columns:
 
   ns/value   median time over the number of values;
-  ratio      to ``jax.nn.softmax``, the median of quotients of neighbours in time;
+  ratio      of the times to ``jax.nn.softmax``'s, the median of quotients of neighbours; ``speedup`` is its inverse;
   error      the largest relative error against float64 among outputs above 1e-37, where it is largest: in the tails.
 
 On a GPU or TPU the Pallas kernels take part. On a CPU no speed is to be gained: XLA fuses its own softmax well, and the
@@ -15,8 +15,6 @@ exponents cost extra arithmetic.
 
 import argparse
 import functools
-import json
-import platform
 import statistics
 import time
 
@@ -24,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.records import Row, Tables, run_suite
 from poise.attention import two_pass_softmax
 
 
@@ -38,7 +37,7 @@ def contestants() -> dict:
     return found
 
 
-def measure(shape: tuple[int, int], rounds: int) -> list[dict]:
+def measure(shape: tuple[int, int], rounds: int) -> list[Row]:
     x = np.random.default_rng(0).uniform(-30, 30, shape).astype(np.float32)
     exact = np.exp(x - np.logaddexp.reduce(x.astype(np.float64), 1, keepdims=True))
     device = jnp.asarray(x)
@@ -53,37 +52,29 @@ def measure(shape: tuple[int, int], rounds: int) -> list[dict]:
     for name, function in functions.items():
         own, first = times[name][1:], times["jax.nn.softmax"][1:]  # the first round compiles
         error = np.abs(np.asarray(function(device), np.float64) / exact - 1)[exact > 1e-37].max()
+        ratio = statistics.median(a / b for a, b in zip(own, first, strict=True))
+        nanoseconds = 1e9 * statistics.median(own) / x.size
         rows.append(
-            {
-                "shape": "x".join(map(str, shape)),
-                "name": name,
-                "ns/value": 1e9 * statistics.median(own) / x.size,
-                "ratio": statistics.median(a / b for a, b in zip(own, first, strict=True)),
-                "error": float(error),
-            }
+            {"function": name, "ns/value": nanoseconds, "ratio": ratio, "speedup": 1 / ratio, "error": float(error)}
         )
     return rows
 
 
+def shape_of(text: str) -> tuple[int, int]:
+    rows, columns = text.split("x")
+    return int(rows), int(columns)
+
+
+def tables(options: argparse.Namespace) -> Tables:
+    for shape in options.shapes:
+        yield f"softmax, {shape[0]} rows of {shape[1]}", measure(shape, options.rounds)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=["64x4096", "512x4096"], help="rows x columns")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", default=[(64, 4096), (512, 4096)], help="such as 64x4096")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", help="a file for the rows")
-    options = parser.parse_args()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {platform.machine()}")
-    print("| shape | function | ns/value | ratio | error |\n|---|---|---|---|---|")
-    rows = []
-    for text in options.shapes:
-        shape = tuple(map(int, text.split("x")))
-        if len(shape) != 2:
-            parser.error(f"--shapes must be like 64x4096, got {text}")
-        for row in measure(shape, options.rounds):
-            rows.append(row)
-            print("| {shape} | {name} | {ns/value:.3g} | {ratio:.3g} | {error:.2g} |".format(**row), flush=True)
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(rows, file, indent=1)
+    run_suite("softmax", parser, tables)
 
 
 if __name__ == "__main__":
