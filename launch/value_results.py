@@ -154,7 +154,7 @@ def _distributions(config: "ValueConfig", index: int, loss: str, workdir: pathli
             played.observations[1:],
         )
         # Of one step's episodes at a time, lest all outputs of all states be there at once.
-        targets, values = jax.lax.map(lambda step: td_targets(net, transform, learner, step, settings.double), steps)
+        targets, values, _ = jax.lax.map(lambda step: td_targets(net, transform, learner, step, settings.double), steps)
         shares = None
         if transform.support is not None and targets.shape[-1] == transform.num_outputs:
             weight = (played.counted / jnp.sum(played.counted))[..., None]

@@ -35,18 +35,36 @@ def q_values(net: nn.Module, transform: ValueTransform, params: PyTree, observat
     return transform.decode(cast(Any, net).apply(params, observation))
 
 
+class Targets(NamedTuple):
+    """What a batch of transitions is trained towards.
+
+    Attributes:
+      loss: the targets of the loss.
+      values: the values that they stand for, before any clipping.
+      best: the greatest value of each next state, of the network that chooses the action.
+    """
+
+    loss: Array
+    values: Array
+    best: Array
+
+
 def td_targets(
     net: nn.Module, transform: ValueTransform, state: LearnerState, batch: Transition, double: bool
-) -> tuple[Array, Array]:
-    """The targets of the loss, and the values that they stand for, before any clipping."""
+) -> Targets:
+    """The targets of a batch. Of the target network only the chosen action's outputs are decoded."""
     outputs = cast(Any, net).apply(state.target_params, batch.next_observation)
-    q_next = transform.decode(outputs)
-    selector = q_values(net, transform, state.params, batch.next_observation) if double else q_next
-    values = q_learning_target(batch.reward, batch.discount, q_next, selector)
+    if double:
+        selector = q_values(net, transform, state.params, batch.next_observation)
+    else:
+        selector = transform.decode(outputs)
+    chosen = action_outputs(outputs, jnp.argmax(selector, axis=-1))
+    values = q_learning_target(batch.reward, batch.discount, transform.decode(chosen)[..., None])
     if transform.project is None:
-        return jax.lax.stop_gradient(transform.encode(values)), values
-    best = action_outputs(outputs, jnp.argmax(selector, axis=-1))
-    return jax.lax.stop_gradient(transform.project(batch.reward, batch.discount, best)), values
+        targets = transform.encode(values)
+    else:
+        targets = transform.project(batch.reward, batch.discount, chosen)
+    return Targets(jax.lax.stop_gradient(targets), values, jnp.max(selector, axis=-1))
 
 
 def _entropy(probs: Array) -> Array:
@@ -66,22 +84,23 @@ def make_update(
     """A function that makes one update and reports on it."""
 
     def update(state: LearnerState, batch: Transition) -> tuple[LearnerState, dict[str, Array]]:
-        targets, values = td_targets(net, transform, state, batch, double)
+        targets, values, best = td_targets(net, transform, state, batch, double)
 
         def objective(params):
             outputs = cast(Any, net).apply(params, batch.observation)
             td = transform.loss(action_outputs(outputs, batch.action), targets)
-            q = transform.decode(outputs)
-            penalty = conservative_penalty(q, batch.action) if conservative_weight else jnp.zeros_like(td)
-            return jnp.mean(td_weight * td + conservative_weight * penalty), (jnp.mean(td), jnp.mean(penalty), q)
+            penalty = jnp.zeros_like(td)
+            if conservative_weight:
+                penalty = conservative_penalty(transform.decode(outputs), batch.action)
+            return jnp.mean(td_weight * td + conservative_weight * penalty), (jnp.mean(td), jnp.mean(penalty))
 
-        (loss, (td, penalty, q)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
+        (loss, (td, penalty)), grads = jax.value_and_grad(objective, has_aux=True)(state.params)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         count = state.updates + 1
         renew = count % target_period == 0
         target_params = jax.tree.map(lambda new, old: jnp.where(renew, new, old), params, state.target_params)
-        metrics = {"loss": loss, "td_loss": td, "q_max": jnp.mean(jnp.max(q, axis=-1)), "target_mean": jnp.mean(values)}
+        metrics = {"loss": loss, "td_loss": td, "q_max": jnp.mean(best), "target_mean": jnp.mean(values)}
         if conservative_weight:
             metrics["conservative_penalty"] = penalty
         if transform.support is not None:

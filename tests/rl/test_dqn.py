@@ -183,7 +183,7 @@ def test_targets_are_those_of_the_chosen_network(name):
     batch = Transition(x, jnp.zeros(5, int), reward, discount, x + 1)
     own, old = transform.decode(net.apply(params, x + 1)), transform.decode(net.apply(older, x + 1))
     for double in (False, True):
-        _, values = td_targets(net, transform, state, batch, double)
+        values = td_targets(net, transform, state, batch, double).values
         choice = np.argmax(own if double else old, -1)
         np.testing.assert_allclose(values, reward + discount * old[np.arange(5), choice], rtol=1e-5, atol=1e-6)
 
