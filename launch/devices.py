@@ -1,8 +1,9 @@
 """Which devices a run uses and how its arrays lie on them."""
 
+import functools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -130,16 +131,32 @@ class Placement:
             own_devices = [device for device in self.devices if device.process_index == jax.process_index()]
             local = Mesh(np.array(own_devices), (DATA,))
 
-        def own(leaf: jax.Array) -> jax.Array:
-            data = to_data(leaf)
-            spec = data.sharding.spec
-            if any(local.shape.get(axis, 0) < self.mesh.shape[axis] for axis in _axes(spec)):
-                data, spec = jax.device_put(data, self.replicated), PartitionSpec()
-            shards = [shard.data for shard in data.addressable_shards]
-            placed = jax.make_array_from_single_device_arrays(data.shape, NamedSharding(local, spec), shards)
-            return from_data(placed, leaf.dtype)
+        leaves, treedef = jax.tree.flatten(tree)
+        data = [to_data(leaf) for leaf in leaves]
+        specs = [leaf.sharding.spec for leaf in data]
+        inside = [all(local.shape.get(axis) == self.mesh.shape[axis] for axis in _axes(spec)) for spec in specs]
+        specs = [spec if fits else PartitionSpec() for spec, fits in zip(specs, inside, strict=True)]
+        data = self.laid(data, [NamedSharding(self.mesh, spec) for spec in specs])
+        own = [
+            jax.make_array_from_single_device_arrays(
+                part.shape, NamedSharding(local, spec), [shard.data for shard in part.addressable_shards]
+            )
+            for part, spec in zip(data, specs, strict=True)
+        ]
+        return treedef.unflatten([from_data(part, leaf.dtype) for part, leaf in zip(own, leaves, strict=True)])
 
-        return jax.tree.map(own, tree)
+    def laid(self, leaves: Sequence[jax.Array], shardings: Sequence[NamedSharding]) -> tuple[jax.Array, ...]:
+        """Leaves in these shardings. Those of several processes are moved by one program, not by one each."""
+        if not self.several:
+            return tuple(jax.device_put(tuple(leaves), tuple(shardings)))
+        pairs = list(zip(leaves, shardings, strict=True))
+        apart = [not leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf, sharding in pairs]
+        moving = tuple(pair for pair, move in zip(pairs, apart, strict=True) if move)
+        moved = iter(())
+        if moving:  # waited for, since what a process does by itself afterwards may take all threads of its CPU client
+            mover = _mover(tuple(sharding for _, sharding in moving))
+            moved = iter(jax.block_until_ready(mover(tuple(leaf for leaf, _ in moving))))
+        return tuple(next(moved) if move else leaf for leaf, move in zip(leaves, apart, strict=True))
 
     def everywhere(self, tree: PyTree) -> PyTree:
         """Arrays that every process holds, whole on every device."""
@@ -195,6 +212,11 @@ class Placement:
             return jax.make_array_from_process_local_data(sharding, data, tuple(shape))
 
         return jax.tree.map(spread, batch)
+
+
+@functools.lru_cache(maxsize=16)
+def _mover(shardings: tuple[NamedSharding, ...]) -> Callable[[tuple[jax.Array, ...]], tuple[jax.Array, ...]]:
+    return jax.jit(lambda leaves: leaves, out_shardings=shardings)
 
 
 def block_of(parts: Mapping[int, set[int]], process: int) -> tuple[int, int]:

@@ -11,6 +11,9 @@ from jaxtyping import Array, UInt32
 
 from poise.launch.leaves import to_data
 
+# XLA's CPU client has one thread a core and takes 32 programs a device: more that wait for other devices may stop it.
+_AT_ONCE = 16
+
 
 def _mix(word: Array) -> Array:
     """MurmurHash3's finalizer: a bijection of 32 bits in which every input bit reaches every output bit."""
@@ -71,7 +74,9 @@ def digests(leaves: Sequence[Array]) -> list[str]:
       >>> digests([jnp.zeros(3), jnp.zeros(3, bool)]) == digests([jnp.zeros(3), jnp.zeros(3, bool)])
       True
     """
-    sums = jax.device_get([_replicated(leaf) for leaf in leaves])
+    sums = []
+    for first in range(0, len(leaves), _AT_ONCE):
+        sums += jax.device_get([_replicated(leaf) for leaf in leaves[first : first + _AT_ONCE]])
     return ["".join(f"{int(word):08x}" for word in pair) for pair in sums]
 
 

@@ -103,8 +103,8 @@ class Program:
     def whole_state(self, live: tuple[Any, ...], frozen: tuple[Any, ...]) -> State:
         """The state for those who use it outside of a step: its weights are put together."""
         placement, layout = self._placement, self.layout
-        live = _laid(live, placement.together(layout.live_names, self.shardings[0]))
-        frozen = _laid(frozen, placement.together(layout.frozen_names, self.shardings[1]))
+        live = placement.laid(live, placement.together(layout.live_names, self.shardings[0]))
+        frozen = placement.laid(frozen, placement.together(layout.frozen_names, self.shardings[1]))
         return layout.merge(live, frozen)
 
     def own_state(self, live: tuple[Any, ...], frozen: tuple[Any, ...]) -> State:
@@ -173,14 +173,6 @@ class Program:
     ) -> tuple[tuple[Any, ...], dict[str, Array], Array]:
         """One step, from 0: new live leaves (the old ones are gone), metrics, and which values are finite."""
         return self._step(live, frozen, batch, key, np.uint32(index))
-
-
-def _laid(leaves: tuple[Any, ...], shardings: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The leaves in these shardings, outside of a program; jax moves no typed keys between processes, nor need it."""
-    return tuple(
-        leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
-        for leaf, sharding in zip(leaves, shardings, strict=True)
-    )
 
 
 def _moved(leaves: tuple[Any, ...], lie: tuple[Any, ...], used: tuple[Any, ...]) -> tuple[Any, ...]:

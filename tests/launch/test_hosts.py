@@ -42,19 +42,19 @@ def environment(tmp_path_factory):
     return os.environ | settings
 
 
-def start(workdir, environment, *flags, devices=4):
+def start(workdir, environment, *flags, devices=4, script=(str(HERE / "tiny_hosts.py"),)):
     own = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"}
-    command = [sys.executable, str(HERE / "tiny_hosts.py"), f"--workdir={workdir}", *flags]
+    command = [sys.executable, *script, f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=environment | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_two(workdir, environment, *flags, both=((), ())):
+def start_two(workdir, environment, *flags, both=((), ()), **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     where = (f"--coordinator_address={address}", "--num_processes=2", "--initialization_timeout=60")
     return [
-        start(workdir, environment, *where, f"--process_id={process}", *flags, *both[process], devices=2)
+        start(workdir, environment, *where, f"--process_id={process}", *flags, *both[process], devices=2, **options)
         for process in (0, 1)
     ]
 
@@ -158,7 +158,7 @@ def test_a_lost_process_ends_the_other_and_both_go_on_to_the_same_bits(tmp_path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp:4", "data:2,fsdp:2", "model:2,data:2"])
+@pytest.mark.parametrize("mesh", ["fsdp:4", "model:2,data:2"])
 def test_parts_of_weights_on_several_processes(tmp_path, environment, mesh):
     rules = ["--sharding=(params|average|mu|nu|teacher)/w$=model;.*="] if "model" in mesh else []
     flags = (f"--mesh={mesh}", "--width=1024", *rules)
@@ -175,6 +175,26 @@ def test_parts_of_weights_on_several_processes(tmp_path, environment, mesh):
     assert codes == [0], errors
     for (name, left), (_, right) in zip(state_of(alone), state_of(tmp_path), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_launcher_with_many_weights(tmp_path, environment):
+    flags = (
+        "--recipe=smoke",
+        "--float_steps=2",
+        "--steps=2",
+        "--cga_steps=2",
+        "--eval_every=0",
+        "--mesh=data:2,fsdp:2",
+    )
+    processes = start_two(tmp_path, environment, *flags, script=("-m", "poise.launch.qat"))
+    said = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert [("ofq, integers" in output, "float: finished" in errors) for output, errors in said] == [
+        (True, True),
+        (False, False),
+    ]
+    assert (tmp_path / "report.json").is_file()
 
 
 @pytest.mark.slow
