@@ -26,6 +26,7 @@ _HOMES = {
     "batch_indices": "data",
     "field": "config",
     "fit": "loop",
+    "load_classifier": "integer_classifier",
     "load_quantized": "quantized_files",
     "load_student": "export",
     "parse_config": "config",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from poise.launch.devices import DeviceError
     from poise.launch.errors import LaunchError
     from poise.launch.export import Student, load_student, save_student
+    from poise.launch.integer_classifier import load_classifier
     from poise.launch.lock import workdir_lock
     from poise.launch.loop import FitResult, NonFiniteError, fit
     from poise.launch.manifest import CheckpointError
@@ -73,6 +75,7 @@ __all__ = [
     "batch_indices",
     "field",
     "fit",
+    "load_classifier",
     "load_quantized",
     "load_student",
     "parse_config",

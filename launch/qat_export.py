@@ -1,21 +1,18 @@
-"""The network that a quantization-aware training leaves, as integers in a file, and its use."""
+"""The network that a quantization-aware training leaves, as integers in a file."""
 
 import functools
-import os
 import pathlib
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, PyTree
 
 from poise.launch.classifier import model_of
 from poise.launch.qat_phases import products_of, rules_of
-from poise.launch.quantized_files import load_quantized, save_quantized
-from poise.launch.runs import config_of
+from poise.launch.quantized_files import save_quantized
 from poise.nets import QKProductSelfAttention, VisionTransformer, activation_quantization, integer_apply
-from poise.quant import QuantizedParams, QuantRule, export
+from poise.quant import QuantRule, export
 
 if TYPE_CHECKING:
     from poise.launch.qat import QATConfig
@@ -69,34 +66,3 @@ def export_classifier(config: "QATConfig", num_classes: int, learned: dict[str, 
     """
     variables = products_of(config, learned["variables"]) if config.qkr else learned["variables"]
     save_quantized(workdir / FILE, export(variables, learned["steps"], deployed(config, num_classes).rules))
-
-
-def load_classifier(workdir: str | os.PathLike[str]) -> Callable[[Any], Array]:
-    """The classifier of a finished run of poise.launch.qat; no float weights are read.
-
-    Args:
-      workdir: the run's folder.
-
-    Returns:
-      ``images -> logits``, compiled. Images are floats ``[batch, height, width, channels]`` in [-1, 1].
-
-    Raises:
-      ConfigError: if the folder has no configuration of a run of poise.launch.qat.
-      FileNotFoundError: if there is no exported network.
-
-    Example:
-      >>> from poise.launch.qat_export import load_classifier
-      >>> load_classifier("nowhere")
-      Traceback (most recent call last):
-      ...
-      FileNotFoundError: no quantized parameters at nowhere/model.safetensors
-    """
-    from poise.launch.qat import QATConfig
-
-    folder = pathlib.Path(workdir).expanduser()
-    stored = load_quantized(folder / FILE)
-    assert isinstance(stored, QuantizedParams)
-    config = config_of(QATConfig, folder)
-    network = deployed(config, stored.params["params"]["head"]["bias"].shape[0])
-    jitted = jax.jit(network.forward)
-    return lambda images: jitted(stored.params, images)

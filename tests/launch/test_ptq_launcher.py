@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 
 from poise.launch import ptq, ptq_results
-from poise.launch.classifier import model_of
+from poise.launch.classifier import accuracy_of, model_of, open_classes
+from poise.launch.config import ConfigError
+from poise.launch.integer_classifier import load_classifier
 from poise.launch.ptq import PTQConfig, with_its_network
 from poise.launch.ptq_methods import block_of, float_variables, round_network, tokens_of
 from poise.launch.ptq_results import integer_products
@@ -100,6 +102,18 @@ def test_a_checkpoint_brings_data_and_network(finished, tmp_path):
     assert (used.width, used.num_layers, used.patch_size, used.bits) == (16, 1, 4, (4,))
     params = float_variables(workdir)["params"]
     assert params["pos_embed"].shape == (1, 6, 16)
+
+
+@pytest.mark.slow
+def test_a_file_is_a_classifier(finished):
+    workdir, _ = finished
+    report = json.loads((workdir / "report.json").read_text())
+    images = open_classes(PTQConfig(patch_size=4, eval_images=40), workdir / "data")
+    for row in report["rows"][1:3]:
+        classify = load_classifier(workdir, f"{row['method']}_3bit.safetensors")
+        assert accuracy_of(np.asarray(classify(images.images)), images.labels) == row["integer_accuracy"]
+    with pytest.raises(ConfigError, match=r"file must be one of flexround_3bit.safetensors, "):
+        load_classifier(workdir)
 
 
 @pytest.mark.slow

@@ -15,8 +15,9 @@ import pytest
 
 from poise.launch import qat
 from poise.launch.classifier import accuracy_of, logits_of, model_of, open_classes, squared_error
+from poise.launch.integer_classifier import load_classifier
 from poise.launch.qat import QATConfig
-from poise.launch.qat_export import deployed, load_classifier
+from poise.launch.qat_export import deployed
 from poise.launch.qat_phases import annealed, first_state, flat, products_of, quantized_model, rules_of, watch
 from poise.launch.qat_results import table
 from poise.launch.quantized_files import load_quantized

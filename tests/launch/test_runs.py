@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from poise.launch.config import ConfigError, field, validate
+from poise.launch.integer_classifier import load_classifier
 from poise.launch.qat import QATConfig
-from poise.launch.qat_export import load_classifier
 from poise.launch.quantized_files import save_quantized
 from poise.launch.runs import config_of
 from poise.launch.workdir import settle_config
