@@ -1,6 +1,8 @@
 """The distribution: what is built, what is in it, what importing it loads, and what its documents claim."""
 
 import hashlib
+import importlib
+import json
 import os
 import pathlib
 import re
@@ -20,6 +22,7 @@ VERSION = PYPROJECT["project"]["version"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 ROOMS = {package.removeprefix("poise."): folder for package, folder in SETUPTOOLS["package-dir"].items()}
 DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+PUBLIC_API = ROOT / "tests" / "public_api.txt"
 
 
 def build_in(source: pathlib.Path, kind: str, target: pathlib.Path) -> pathlib.Path:
@@ -98,16 +101,6 @@ def test_sdist_holds_the_sources_alone(distributions):
     assert top == {*ROOMS.values(), *documents, *generated, "MANIFEST.in", "pyproject.toml"}
 
 
-def loaded_by(module: str, tmp_path: pathlib.Path) -> set[str]:
-    """The modules that are loaded after importing one, in a fresh interpreter."""
-    script = f"import {module}, sys; print(*sys.modules)"
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    result = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
-    )
-    return set(result.stdout.split())
-
-
 HEAVY = {
     "array_record",
     "grain",
@@ -122,22 +115,66 @@ HEAVY = {
     "torch",
     "tqdm",
 }
+LIBRARIES = ["chex", "flax.linen", "jax", "jaxtyping", "optax"]
+ROOMS_IN_ORDER = sorted(f"poise.{room}" for room in ROOMS)
+IMPORTS = ["poise.launch", "jax", "jaxtyping", "poise.core", "chex", "flax.linen", "optax", *ROOMS_IN_ORDER]
 
 
-@pytest.mark.parametrize("room", sorted(ROOMS.keys() - {"launch"}))
-def test_importing_a_room_loads_no_more_than_it_needs(room, tmp_path):
-    loaded = loaded_by(f"poise.{room}", tmp_path)
-    assert "jax" in loaded
-    assert not loaded & HEAVY
-    assert "poise.launch" not in loaded
-    if not loaded & {"flax", "optax", "chex"}:  # which log with absl, and so load its flags
-        assert "absl" not in loaded
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """The modules that each of IMPORTS adds, in that order, in a fresh interpreter."""
+    script = """if True:
+        import importlib, json, sys
+        added, before = {}, set(sys.modules)
+        for name in sys.argv[1:]:
+            importlib.import_module(name)
+            added[name] = added.get(name, []) + sorted(set(sys.modules) - before)
+            before = set(sys.modules)
+        print(json.dumps(added))
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command, folder = [sys.executable, "-c", script, *IMPORTS], tmp_path_factory.mktemp("imports")
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    return {name: set(modules) for name, modules in json.loads(result.stdout).items()}
 
 
-def test_importing_the_launchers_loads_nothing_slow(tmp_path):
-    loaded = loaded_by("poise.launch", tmp_path)
-    assert "poise.launch" in loaded
-    assert not loaded & (HEAVY | {"absl", "flax", "jax", "numpy", "optax"})
+@pytest.mark.parametrize("room", sorted(ROOMS))
+def test_importing_a_room_loads_no_more_than_it_needs(room, loaded):
+    name = f"poise.{room}"
+    assert name in set().union(*loaded.values())  # some come with another one
+    assert not loaded[name] & HEAVY
+    assert not any(module.startswith("poise.launch.") for module in loaded[name])  # what launchers are made of
+    # Of others' modules only parts of the libraries that load when they are first used.
+    others = sorted(module for module in loaded[name] if not module.startswith("poise"))
+    assert len(others) <= 20, f"{name} loads {len(others)} modules besides {', '.join(LIBRARIES)}: {others}"
+
+
+def test_importing_the_launchers_or_the_contract_loads_nothing_slow(loaded):
+    assert not loaded["poise.launch"] & (HEAVY | {"absl", "flax", "jax", "numpy", "optax"})
+    assert "jax" in loaded["jax"]
+    assert not loaded["poise.core"] & {"absl", "chex", "flax", "optax"}
+
+
+def public_names() -> list[str]:
+    """Every public name with its package, sorted."""
+    modules = [importlib.import_module(package) for package in SETUPTOOLS["packages"]]
+    return sorted(f"{module.__name__}.{name}" for module in modules for name in module.__all__)
+
+
+def test_public_names_are_those_of_the_list():
+    listed = PUBLIC_API.read_text().splitlines()
+    came, went = sorted(set(public_names()) - set(listed)), sorted(set(listed) - set(public_names()))
+    changed = f"public names that came: {', '.join(came) or 'none'}; that went: {', '.join(went) or 'none'}"
+    assert listed == public_names(), (
+        f"{changed}. If that is meant, `python tests/test_package.py` writes tests/public_api.txt anew; tell users in"
+        " CHANGELOG.md, and see the policy on names that go in CONTRIBUTING.md"
+    )
+
+
+def test_public_names_exist():
+    for name in public_names():
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), f"{name} is in __all__ and doesn't exist"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -168,3 +205,7 @@ def test_tests_mirror_the_rooms():
     for folder in (ROOT / "tests").iterdir():
         if folder.is_dir() and any(folder.glob("test_*.py")):
             assert folder.name in {*ROOMS, "benchmarks", "docs", "notebooks"}, f"tests/{folder.name} mirrors no room"
+
+
+if __name__ == "__main__":
+    PUBLIC_API.write_text("".join(f"{name}\n" for name in public_names()))
