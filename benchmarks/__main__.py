@@ -21,6 +21,7 @@ from poise.launch.files import atomic_path
 SUITES: dict[str, list[str]] = {
     "attention": ["--lengths=128", "--rounds=2"],
     "fdistill": ["--size=tiny", "--rounds=2"],
+    "loop": ["--width=32", "--batch=16", "--steps=20", "--rounds=2", "--seconds=0.2"],
     "optim": ["--sizes=1e4", "--leaves=4", "--seconds=0.1", "--rounds=3"],
     "quant": ["--sizes=64", "--rows=16", "--steps=20", "--seconds=0.1", "--rounds=3"],
     "rl": ["--seconds=0.5", "--seeds=1"],
