@@ -1,0 +1,62 @@
+"""Every launcher, killed again and again at moments drawn at random: it ends bit for bit as one that nobody touched.
+
+A launcher joins by a line in LAUNCHERS. The figures of a run stand in docs/reliability.md; to see them:
+
+    pytest -m effects -s tests/launch/test_reliability.py
+"""
+
+import importlib.util
+import pathlib
+import random
+import subprocess
+import time
+
+import pytest
+
+spec = importlib.util.spec_from_file_location("tiny_launch", pathlib.Path(__file__).with_name("tiny_launch.py"))
+tiny = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(tiny)
+
+KILLS = 9  # of each launcher, 54 in all
+# Module and flags of a run that takes seconds.
+LAUNCHERS = {
+    "distill, mixture": ("distill", "--recipe=mixture2d", "--warmup_steps=20", "--steps=20", "--batch_size=16",
+                         "--fake_updates=1", "--eval_every=10"),
+    "distill, digits": ("distill", "--recipe=smoke"),
+    "lm": ("lm", "--recipe=smoke", "--steps=20", "--width=8", "--eval_tokens=128", "--sample_tokens=6"),
+    "preference": ("preference", "--num_layers=1", "--width=4", "--num_pairs=12", "--num_held_out=10",
+                   "--pretrain_steps=40", "--steps=40", "--batch_size=4", "--eval_every=20"),
+    "qat": ("qat", "--recipe=smoke", "--steps=12", "--cga_steps=8", "--float_steps=12", "--num_heads=2"),
+    "value": ("value", "--num_seeds=2", "--updates=100", "--updates_per_step=2", "--num_envs=2", "--batch_size=4",
+              "--buffer_size=20", "--min_history=4", "--hidden=4", "--eval_episodes=3"),
+}  # fmt: skip
+
+
+@pytest.mark.effects
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_killed_again_and_again_it_ends_the_same(name, tmp_path):
+    module, *flags = LAUNCHERS[name]
+    tiny.launch(module, *flags, f"--workdir={tmp_path}/compiles")  # what others find in the cache
+    began = time.monotonic()
+    tiny.launch(module, *flags, f"--workdir={tmp_path}/undisturbed")
+    whole = time.monotonic() - began
+    killed, steps, delays = tmp_path / "killed", [], []
+    for _ in range(KILLS):
+        process = tiny.start(module, *flags, f"--workdir={killed}", "--save_every=3")
+        delays.append(random.uniform(0.2, 1.0) * whole)
+        try:
+            process.communicate(timeout=delays[-1])
+            steps.append("finished")
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            rows = tiny.rows(killed)
+            steps.append(f"{rows[-1]['phase']} {rows[-1]['step']}" if rows else "before the first step")
+    print(
+        f"\n{name}: a whole run takes {whole:.0f} s; killed after {', '.join(f'{d:.0f}' for d in delays)} s, at",
+        end=" ",
+    )
+    print("; ".join(steps))
+    _, errors = tiny.launch(module, *flags, f"--workdir={killed}", "--save_every=3")
+    assert "damaged" not in errors  # what a kill leaves is never taken for a checkpoint
+    assert tiny.final_bits(killed) == tiny.final_bits(tmp_path / "undisturbed")
