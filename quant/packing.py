@@ -10,6 +10,7 @@ from poise.core.arguments import concrete
 from poise.quant.checks import check_bits, code_range
 
 PACKED_BITS = (1, 2, 3, 4, 8)
+"""The widths that codes are stored in."""
 
 
 def storage_bits(bits: int) -> int:

@@ -28,7 +28,7 @@ class QuantRule:
         activations that enter a layer are found by the same path.
       weight_bits: bits of the weights, from 1 to 8, from 2 for ``"lsq"``, ``"power"`` and the methods after training;
         None leaves them alone.
-      act_bits: bits of the layer's input, from 1 to 8, from 2 for ``"lsq"`` with a sign; None leaves it alone.
+      act_bits: bits of the layer's input, from 1 to 8, from 2 with a sign; None leaves it alone.
       method: how weights are quantized: ``"statsq"``, ``"lsq"``, ``"absmax"``, ``"minmax"`` (both with scales that
         follow the weights), ``"mse"`` (with scales that are searched once), or one of the methods after training.
       axis: the axes of the weight that share one scale, None for all, or ``"channel"`` for all but the output
@@ -73,8 +73,8 @@ class QuantRule:
         if self.weight_bits is not None and self.weight_bits < least:
             raise ValueError(f"weight_bits must be in [{least}, 8] for method={self.method!r}, got {self.weight_bits}")
         check_choice("act_method", self.act_method, ("absmax", "lsq"))
-        if self.act_bits == 1 and self.act_method == "lsq" and self.act_signed:
-            raise ValueError("act_bits must be in [2, 8] for act_method='lsq' with a sign, got 1")
+        if self.act_bits == 1 and self.act_signed:
+            raise ValueError(f"act_bits must be in [2, 8] for act_method={self.act_method!r} with a sign, got 1")
         if isinstance(self.axis, str):
             check_choice("axis", self.axis, ("channel",))
         if isinstance(self.act_axis, str):

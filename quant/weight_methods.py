@@ -97,7 +97,7 @@ def _reconstructed(kind: type[Quantizer]) -> WeightMethod:
 
 
 WEIGHT_METHODS: dict[str, WeightMethod] = {
-    "absmax": WeightMethod(_nothing, _absmax),
+    "absmax": WeightMethod(_nothing, _absmax, least_bits=2),  # of one bit's codes only 0 would be met
     "lsq": WeightMethod(_lsq_init, _lsq, least_bits=2),
     "minmax": WeightMethod(_nothing, _minmax),
     "mse": WeightMethod(_mse_init, _mse),

@@ -134,6 +134,11 @@ def test_an_nnx_model(quick_jit):
             ({"weight_bits": 1, "method": method}, rf"weight_bits must be in \[2, 8\] for method='{method}', got 1")
             for method in ("lsq", "power", "adaround", "flexround", "lrq", "nupes")
         ],
+        ({"weight_bits": 1, "method": "absmax"}, r"weight_bits must be in \[2, 8\] for method='absmax', got 1"),
+        (
+            {"act_bits": 1, "act_method": "absmax"},
+            r"act_bits must be in \[2, 8\] for act_method='absmax' with a sign, got 1",
+        ),
         ({"act_bits": 1}, r"act_bits must be in \[2, 8\] for act_method='lsq' with a sign, got 1"),
         ({"act_bits": 0}, r"act_bits must be in \[1, 8\], got 0"),
         ({"method": "other"}, "method must be one of absmax, .*got 'other'"),
