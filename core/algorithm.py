@@ -6,8 +6,13 @@ from typing import NamedTuple, TypeAlias
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 State: TypeAlias = PyTree
+"""Everything that changes during training, as a pytree of arrays."""
+
 Batch: TypeAlias = PyTree
+"""What one step reads, as a pytree of arrays; ``()`` where there is nothing to read."""
+
 Metrics: TypeAlias = dict[str, Array]
+"""Scalars by name (or one number a seed)."""
 
 
 class Algorithm(NamedTuple):

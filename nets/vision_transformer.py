@@ -16,6 +16,7 @@ VISION_TRANSFORMER_SIZES: dict[str, dict[str, int]] = {
     "small": {"width": 384, "num_heads": 6, "num_layers": 12},
     "base": {"width": 768, "num_heads": 12, "num_layers": 12},
 }
+"""The sizes of DeiT: attributes of :class:`VisionTransformer` by name."""
 
 
 class SelfAttention(nn.Module):
