@@ -26,8 +26,8 @@ class QuantRule:
     Attributes:
       path: a regular expression, searched for in the path of a layer's weight, as ``"block_0/fc1/kernel"``. The
         activations that enter a layer are found by the same path.
-      weight_bits: bits of the weights, from 1 to 8, from 2 for ``"lsq"``, ``"power"`` and the methods after training;
-        None leaves them alone.
+      weight_bits: bits of the weights, from 1 to 8, from 2 for ``"absmax"``, ``"lsq"``, ``"power"`` and the methods
+        after training; None leaves them alone.
       act_bits: bits of the layer's input, from 1 to 8, from 2 with a sign; None leaves it alone.
       method: how weights are quantized: ``"statsq"``, ``"lsq"``, ``"absmax"``, ``"minmax"`` (both with scales that
         follow the weights), ``"mse"`` (with scales that are searched once), or one of the methods after training.
