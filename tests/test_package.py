@@ -22,6 +22,7 @@ VERSION = PYPROJECT["project"]["version"]
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 ROOMS = {package.removeprefix("poise."): folder for package, folder in SETUPTOOLS["package-dir"].items()}
 DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+PAGES = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
 PUBLIC_API = ROOT / "tests" / "public_api.txt"
 
 
@@ -177,18 +178,21 @@ def test_public_names_exist():
         assert hasattr(importlib.import_module(module), attribute), f"{name} is in __all__ and doesn't exist"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES])
 def test_links_and_paths_of_a_document_exist(document):
-    text = (ROOT / document).read_text()
+    text, folder = (ROOT / document).read_text(), (ROOT / document).parent
     links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link and not link.startswith("#")]
     sources = re.findall(r"""(?:src|href)=["']([^"']+)["']""", text)
     # Code in backticks that is a path: a folder with a slash behind it, or a file in a folder; `runs/` is output.
     quoted = re.findall(r"`([\w.-]+(?:/[\w.-]+)*(?:/|/[\w-]*\.\w+))`", text)
-    for path in [*links, *(s for s in sources if "://" not in s), *(q for q in quoted if not q.startswith("runs/"))]:
-        assert (ROOT / path.partition("#")[0]).exists(), f"{document} names {path}, which does not exist"
+    for path in [*links, *(s for s in sources if "://" not in s)]:
+        assert (folder / path.partition("#")[0]).exists(), f"{document} links to {path}, which does not exist"
+    if document in DOCUMENTS:  # pages name files of a run, too
+        for path in (q for q in quoted if not q.startswith("runs/")):
+            assert (ROOT / path).exists(), f"{document} names {path}, which does not exist"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [*DOCUMENTS, *PAGES])
 def test_commands_of_a_document_name_modules_that_exist(document):
     for module in re.findall(r"python3? -m (poise\.[\w.]+)", (ROOT / document).read_text()):
         place = ROOT.joinpath(*module.removeprefix("poise.").split("."))
@@ -199,6 +203,16 @@ def test_changelog_begins_with_this_version():
     versions = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert versions[0] == VERSION
     assert len(set(versions)) == len(versions)
+
+
+def test_the_citation_is_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([\w-]+): (\S.*)$", citation, flags=re.MULTILINE))
+    assert fields["version"] == VERSION
+    assert fields["license"] == PYPROJECT["project"]["license"]
+    assert re.findall(r"^  - name: (.*)$", citation, flags=re.MULTILINE) == [
+        author["name"] for author in PYPROJECT["project"]["authors"]
+    ]
 
 
 def test_tests_mirror_the_rooms():
