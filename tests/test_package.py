@@ -199,6 +199,11 @@ def test_commands_of_a_document_name_modules_that_exist(document):
         assert place.with_suffix(".py").exists() or (place / "__main__.py").exists(), f"{document} runs {module}"
 
 
+def test_the_site_lists_every_page_once():
+    listed = re.findall(r"^ +- (?:.*: )?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    assert sorted(f"docs/{page}" for page in listed) == PAGES
+
+
 def test_changelog_begins_with_this_version():
     versions = re.findall(r"^## \[([^\]]+)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
     assert versions[0] == VERSION
