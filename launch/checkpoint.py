@@ -11,7 +11,7 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
-from poise.launch.agreement import agree, main_says, only_main
+from poise.launch.agreement import agree, main_says, only_main, several
 from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
 from poise.launch.leaves import Layout, dtype_named, nest
@@ -328,7 +328,9 @@ class CheckpointStore:
             self.close()
             self._quiet.enter_context(quiet_orbax())
             only_main(lambda: self._folders[phase].mkdir(parents=True, exist_ok=True))
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=True)
+            # In the background a failure of one process would be told after the ten minutes for which orbax waits.
+            apart = not several()
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=apart)
             self._manager = ocp.CheckpointManager(self._folders[phase], options=options, item_names=ITEMS)
             self._manager_phase = phase
         return self._manager
@@ -359,6 +361,8 @@ class CheckpointStore:
             manager, self._manager = self._manager, None
             quiet = self._quiet.pop_all()
             _HUSHED.append(quiet)
+            if self._failed and several():  # closing waits for processes that don't come
+                return
             with self._saving(self._folders[self._manager_phase]):
                 manager.close()
             if not self._failed:

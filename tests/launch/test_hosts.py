@@ -42,19 +42,29 @@ def environment(tmp_path_factory):
     return os.environ | settings
 
 
-def start(workdir, environment, *flags, devices=4, script=(str(HERE / "tiny_hosts.py"),)):
+def start(workdir, environment, *flags, devices=4, script=(str(HERE / "tiny_hosts.py"),), prefix=()):
     own = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"}
-    command = [sys.executable, *script, f"--workdir={workdir}", *flags]
+    command = [*prefix, sys.executable, *script, f"--workdir={workdir}", *flags]
     return subprocess.Popen(command, env=environment | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def start_two(workdir, environment, *flags, both=((), ()), **options):
+def start_two(workdir, environment, *flags, both=((), ()), prefixes=((), ()), **options):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     where = (f"--coordinator_address={address}", "--num_processes=2", "--initialization_timeout=60")
     return [
-        start(workdir, environment, *where, f"--process_id={process}", *flags, *both[process], devices=2, **options)
+        start(
+            workdir,
+            environment,
+            *where,
+            f"--process_id={process}",
+            *flags,
+            *both[process],
+            devices=2,
+            prefix=prefixes[process],
+            **options,
+        )
         for process in (0, 1)
     ]
 
@@ -175,6 +185,19 @@ def test_parts_of_weights_on_several_processes(tmp_path, environment, mesh):
     assert codes == [0], errors
     for (name, left), (_, right) in zip(state_of(alone), state_of(tmp_path), strict=True):
         np.testing.assert_allclose(left, right, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_both_at_once(tmp_path, environment):
+    full = ("bash", "-c", 'ulimit -f 4; exec "$@"', "bash")  # no file of process 0 may have more than 4 KiB
+    began = time.monotonic()
+    codes, errors = finish(*start_two(tmp_path, environment, prefixes=(full, ())))
+    assert time.monotonic() - began < hosts.HEARTBEAT_SECONDS
+    assert codes[0] == 1
+    assert codes[1] in (1, -signal.SIGABRT)  # told by us or by jax
+    assert "can't be written: " in errors[0]
+    assert "File too large" in errors[0]
+    assert SENTENCE in errors[1] or "another task died" in errors[1]
 
 
 @pytest.mark.slow
