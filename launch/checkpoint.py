@@ -249,7 +249,7 @@ class CheckpointStore:
         frozen: Sequence[jax.Array],
         seconds: Mapping[str, float],
     ) -> None:
-        """Saves a state; returns as soon as its arrays may be donated, while the files are still being written.
+        """Saves a state; one process returns as soon as arrays may be donated, several once everything is on disk.
 
         Frozen leaves are written, and waited for, when they come for the first time; later checkpoints refer to them.
 
