@@ -159,6 +159,8 @@ def c51(v_min: ArrayLike, v_max: ArrayLike, num_atoms: int = 51) -> ValueTransfo
 
 
 def _squared_error(values: Array, targets: Array) -> Array:
+    if targets.shape != (*values.shape, 1):
+        raise ValueError(f"targets must have shape {(*values.shape, 1)}, one number per value, got {targets.shape}")
     return jnp.square(values - jax.lax.stop_gradient(targets)[..., 0])
 
 

@@ -1,6 +1,7 @@
 """What is shown: a bar on a terminal, a line now and then elsewhere; and the timing file."""
 
 import io
+import itertools
 import json
 
 import pytest
@@ -100,6 +101,27 @@ def test_timing_rows(tmp_path):
         (21, 26.0, None, 1.0),
     ]
     assert all(row["phase"] == "teacher" and row["time"] > 0 for row in rows)
+
+
+def test_a_clock_that_is_set_back_changes_no_duration(tmp_path, monkeypatch):
+    now = [2e9]
+
+    def set_back():
+        now[0] -= 3600
+        return now[0]
+
+    monkeypatch.setattr("time.time", set_back)
+    timing = TimingLog(tmp_path / "timing.jsonl", every_seconds=0)
+    timing.start("teacher", before=5.0)
+    for step in range(1, 5):
+        timing.row(step)
+    timing.saved(4)
+    timing.close()
+    rows = [json.loads(line) for line in (tmp_path / "timing.jsonl").read_text().splitlines()]
+    assert all(later["time"] < row["time"] for row, later in itertools.pairwise(rows))
+    seconds = [5.0, *(row["seconds"] for row in rows)]
+    assert all(0 <= later - before < 60 for before, later in itertools.pairwise(seconds))
+    assert timing.since_save >= 0
 
 
 def test_timing_that_can_not_be_written_is_named(tmp_path):

@@ -159,3 +159,5 @@ def test_bad_arguments():
         two_hot(0.0, 1.0, 1)
     with pytest.raises(ValueError, match="outputs must have 1 number per value"):
         scalar().decode(jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"targets must have shape \(4, 1\), one number per value, got \(4, 1, 1\)"):
+        scalar().loss(jnp.zeros((4, 1)), jnp.zeros((4, 1, 1)))
