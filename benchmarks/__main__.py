@@ -4,8 +4,8 @@
 
 Writes ``<suite>.json`` for every suite, ``results.md`` with all tables, and ``results.png``, which shows how many times
 as fast each contestant is as the first of its table. Files of suites that are not run this time are kept and shown as
-they are. A peer that isn't installed (``pip install "poise[bench]"``) is named as missing. Run it on a machine that
-does nothing else.
+they are. A peer that isn't installed (``pip install -e ".[bench]"`` brings most) is named as missing. Run it on a
+machine that does nothing else.
 """
 
 import argparse
@@ -97,15 +97,18 @@ def main() -> int:
         prog="python -m benchmarks", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", nargs="+", choices=["all", *SUITES], default=["all"])
-    parser.add_argument("--output", default="benchmarks/results", help="the folder for the files")
+    parser.add_argument(
+        "--output", default="", help="the folder for the files; empty: benchmarks/results, or benchmarks/quick"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything works")
     options = parser.parse_args()
-    folder = pathlib.Path(options.output)
+    folder = pathlib.Path(options.output or ("benchmarks/quick" if options.quick else "benchmarks/results"))
     folder.mkdir(parents=True, exist_ok=True)
     chosen = list(SUITES) if "all" in options.suite else options.suite
     problems = [problem for suite in chosen if (problem := run(suite, folder, options.quick))]
     found = [path for suite in SUITES if (path := folder / f"{suite}.json").exists()]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    problems += [f"{path.name} is of an earlier call" for path in found if path.stem not in chosen]
     with atomic_path(folder / "results.md") as temporary:
         temporary.write_text(page(records, problems), encoding="utf-8")
     draw(records, folder / "results.png")

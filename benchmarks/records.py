@@ -16,7 +16,7 @@ from poise.launch.files import atomic_path
 
 Row = dict[str, Any]
 Tables = Iterator[tuple[str, list[Row]]]
-VERSIONS = ("poise", "jax", "jaxlib", "flax", "optax", "torch", "numpy")
+VERSIONS = ("poise", "jax", "jaxlib", "flax", "optax", "torch", "numpy", "adamp", "gymnax", "rejax", "hl-gauss-pytorch")
 
 
 def version_of(package: str) -> str | None:

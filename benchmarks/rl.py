@@ -10,8 +10,8 @@ environments. Compilation is left out. Columns:
 
 PyTorch (``pip install torch``) takes part if it is installed, with environments and replay in NumPy, as is usual: with
 the same 32 environments, and with one environment and one update every fourth step, as its agents are mostly run. So
-does rejax (``pip install rejax``), whose agents run on the device as poise's do: its double DQN with a squared error on
-gymnax's catch, beside which stands poise's with a squared error. The second table is of targets encoded and decoded;
+does rejax (``pip install rejax``), whose agents run on the device as poise's do, in a table of its own: double DQN with
+a squared error, rejax's on gymnax's catch. The last table is of targets encoded and decoded;
 hl-gauss-pytorch (``pip install hl-gauss-pytorch``) takes part if it is installed.
 """
 
@@ -34,19 +34,24 @@ ROWS, COLUMNS, ENVS, BATCH, CAPACITY = 10, 5, 32, 64, 50_000
 V_MIN, V_MAX, BINS = -1.5, 1.5, 51
 
 
-def rate_of(run: Callable[[], int], seconds: float) -> float:
-    """Steps per second: the median over rounds, after one round that is not counted."""
-    run()
-    rates, end = [], time.perf_counter() + seconds
-    while time.perf_counter() < end or len(rates) < 3:
-        start = time.perf_counter()
-        steps = run()
-        rates.append(steps / (time.perf_counter() - start))
-    return statistics.median(rates)
+def rates_of(contestants: dict[str, Callable[[], int]], seconds: float) -> dict[str, float]:
+    """Steps per second: medians over rounds in which all take turns, after one that is not counted."""
+    rates: dict[str, list[float]] = {name: [] for name in contestants}
+    for run in contestants.values():
+        run()
+    end = time.perf_counter() + seconds * len(contestants)
+    while time.perf_counter() < end or len(next(iter(rates.values()))) < 3:
+        for name, run in contestants.items():
+            start = time.perf_counter()
+            steps = run()
+            rates[name].append(steps / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in rates.items()}
 
 
-def poise_agent(seeds: int, hidden: tuple[int, ...], transform: ValueTransform) -> Callable[[], int]:
-    config = DQNConfig(num_envs=ENVS, batch_size=BATCH, buffer_size=CAPACITY, iterations=100)
+def poise_agent(
+    seeds: int, hidden: tuple[int, ...], transform: ValueTransform, double: bool = False
+) -> Callable[[], int]:
+    config = DQNConfig(double=double, num_envs=ENVS, batch_size=BATCH, buffer_size=CAPACITY, iterations=100)
     net = ValueMLP(3, transform.num_outputs, hidden)
     agent = over_seeds(dqn(catch(ROWS, COLUMNS), net, transform, optax.adam(1e-3), config), seeds)
     step = jax.jit(agent.step, donate_argnums=0)
@@ -222,22 +227,21 @@ def rows_of(rates: dict[str, float], what: str) -> list[Row]:
 
 def tables(options: argparse.Namespace) -> Tables:
     hidden, gauss = tuple(options.hidden), hl_gauss(V_MIN, V_MAX, BINS)
-    agents: dict[str, Callable[[], int]] = {
-        f"poise, {n} seed{'s' * (n > 1)}": poise_agent(n, hidden, gauss) for n in options.seeds
-    }
-    agents["poise, squared error"] = poise_agent(1, hidden, scalar())
-    if version_of("rejax"):
-        agents["rejax, squared error"] = rejax_agent(hidden)
+    agents = {f"poise, {n} seed{'s' * (n > 1)}": poise_agent(n, hidden, gauss) for n in options.seeds}
     if version_of("torch"):
         agents["PyTorch, 32 environments"] = torch_agent(hidden)
         agents["PyTorch, 1 environment"] = torch_agent(hidden, envs=1, every=4)
-    rates = {name: rate_of(agent, options.seconds) for name, agent in agents.items()}
     widths = "-".join(map(str, hidden))
-    yield f"DQN with HL-Gauss on catch, perceptron {widths}, the whole training loop", rows_of(rates, "steps/s")
-    rates = {"poise": rate_of(poise_transform(options.targets), options.seconds)}
+    title = f"on catch, perceptron {widths}, the whole training loop"
+    yield f"DQN with HL-Gauss {title}", rows_of(rates_of(agents, options.seconds), "steps/s")
+    agents = {"poise": poise_agent(1, hidden, scalar(), double=True)}
+    if version_of("rejax"):
+        agents["rejax"] = rejax_agent(hidden)
+    yield f"double DQN with a squared error {title}", rows_of(rates_of(agents, options.seconds), "steps/s")
+    transforms = {"poise": poise_transform(options.targets)}
     if version_of("hl-gauss-pytorch"):
-        rates["hl-gauss-pytorch"] = rate_of(torch_transform(options.targets), options.seconds)
-    yield "HL-Gauss, targets encoded and decoded", rows_of(rates, "values/s")
+        transforms["hl-gauss-pytorch"] = torch_transform(options.targets)
+    yield "HL-Gauss, targets encoded and decoded", rows_of(rates_of(transforms, options.seconds), "values/s")
 
 
 def main() -> None:

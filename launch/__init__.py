@@ -15,6 +15,7 @@ _HOMES = {
     "DataError": "data",
     "DeviceError": "devices",
     "FitResult": "loop",
+    "HostError": "agreement",
     "InMemory": "data",
     "Interrupted": "signals",
     "LaunchError": "errors",
@@ -39,6 +40,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from poise.launch.agreement import HostError
     from poise.launch.checkpoint import restore_tree
     from poise.launch.config import ConfigError, field, parse_config, validate
     from poise.launch.data import Data, DataError, InMemory, NoData, batch_indices
@@ -64,6 +66,7 @@ __all__ = [
     "DataError",
     "DeviceError",
     "FitResult",
+    "HostError",
     "InMemory",
     "Interrupted",
     "LaunchError",

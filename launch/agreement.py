@@ -83,7 +83,7 @@ def agree(action: Callable[[], Result], *kinds: type[Exception]) -> Result:
     except BaseException as error:
         failure = error
     place = next((index for index, kind in enumerate(types) if isinstance(failure, kind)), len(types) - 1)
-    said = exchange("" if failure is None else f"{place}:{failure or type(failure).__name__}")
+    said = exchange("" if failure is None else f"{place}:{str(failure) or type(failure).__name__}")
     if failure is not None:
         raise failure
     for process, words in enumerate(said):

@@ -118,7 +118,12 @@ def _cluster() -> str:
     """The environment of several tasks that this process was started in, in jax's words; empty for none."""
     env = os.environ
     slurm = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
-    if "OMPI_MCA_orte_hnp_uri" in env and _number("OMPI_COMM_WORLD_SIZE") > 1:
+    if _number("OMPI_COMM_WORLD_SIZE") > 1:
+        if "OMPI_MCA_orte_hnp_uri" not in env:
+            raise ConfigError(
+                f"{', '.join(_FLAGS)} must be given: Open MPI started {env['OMPI_COMM_WORLD_SIZE']} processes without "
+                "saying where the first one is, as it does from version 5 on; num_processes=1 makes runs of their own"
+            )
         return "ompi"
     if all(name in env for name in slurm) and _number("SLURM_NTASKS") > 1:
         return "slurm"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import signal
 import sys
 import traceback
@@ -10,13 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from poise.launch.agreement import agree, main_first, only_main, several
+from poise.launch.agreement import agree, main_first, main_says, only_main, several
 from poise.launch.config import ConfigError, parse_config
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import end, join_hosts, lost, same_everywhere
 from poise.launch.lock import workdir_lock
 from poise.launch.signals import Interrupted
-from poise.launch.workdir import check_shared, prepare_workdir, settle_config, workdir_path
+from poise.launch.workdir import check_shared, mark_shared, prepare_workdir, settle_config, workdir_path
 
 
 def launch(
@@ -63,14 +64,18 @@ def launch(
             same_everywhere(config)
         main_first(look)
         with contextlib.ExitStack() as stack:
+            token = main_says(secrets.token_hex(8))
 
             def claim() -> None:
                 prepare_workdir(workdir)
                 stack.enter_context(workdir_lock(workdir))
                 settle_config(config, workdir)
+                if several():
+                    mark_shared(workdir, token)
 
             only_main(claim)
-            agree(lambda: check_shared(workdir))
+            if several():
+                agree(lambda: check_shared(workdir, token))
             set_up_jax(config)
             run(config, workdir)
 

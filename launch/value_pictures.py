@@ -78,7 +78,7 @@ def curves_picture(
     axes[1].set_title("last eighth, each agent", fontsize=9)
     axes[1].set_xticks(range(len(curves)), list(curves), fontsize=8, rotation=20 if len(curves) > 3 else 0)
     axes[1].set_xlim(-0.6, len(curves) - 0.2)
-    axes[2].set_title("value of the best action, mean over updates", fontsize=9)
+    axes[2].set_title("greatest value of the next states, mean over updates", fontsize=9)
     for axis in (axes[0], axes[2]):
         axis.set_xlabel("thousand environment steps of an agent", fontsize=8)
     for axis in axes:

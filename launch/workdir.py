@@ -11,7 +11,7 @@ from poise.launch.agreement import agree, only_main
 from poise.launch.config import ConfigError, config_fields
 from poise.launch.files import atomic_path
 
-CONFIG_FILE, DATA_FILE = "config.json", "data.json"
+CONFIG_FILE, DATA_FILE, SHARED_FILE = "config.json", "data.json", ".shared"
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -106,16 +106,23 @@ def settle_config(config: Any, workdir: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def check_shared(workdir: pathlib.Path) -> None:
-    """Makes sure that this process sees the folder that process 0 made.
+def mark_shared(workdir: pathlib.Path, token: str) -> None:
+    """Leaves a word in a folder of several processes, by which :func:`check_shared` knows it."""
+    with atomic_path(workdir / SHARED_FILE) as temporary:
+        temporary.write_text(token, encoding="utf-8")
+
+
+def check_shared(workdir: pathlib.Path, token: str) -> None:
+    """Makes sure that this process sees the folder that process 0 marked, and not one of the same name.
 
     Raises:
       ConfigError: naming the folder.
     """
-    if not (workdir / CONFIG_FILE).is_file():
+    path = workdir / SHARED_FILE
+    if not path.is_file() or path.read_text(encoding="utf-8") != token:
         raise ConfigError(
-            f"the workdir {workdir} must be on a file system that all processes share; one of them doesn't see the "
-            f"{CONFIG_FILE} that process 0 wrote"
+            f"the workdir {workdir} must be on a file system that all processes share; one of them doesn't see what "
+            "process 0 wrote there"
         )
 
 

@@ -129,7 +129,8 @@ def dqn(
 
     Returns:
       An algorithm with state :class:`DQNState` that needs no data: its batch is ``()``. Metrics are means over the
-      step's iterations: ``loss``, ``td_loss``, ``q_max`` (the greatest value of a next state), ``target_mean``,
+      step's iterations: ``loss``, ``td_loss``, ``q_max`` (the greatest value of a next state, of
+      those that go on, by the network that chooses the target's action), ``target_mean``,
       ``target_not_finite`` and, with a support, ``target_out_of_support``, ``target_entropy`` and ``excess_loss``
       (cross-entropy minus entropy), all over the updates made (0 if none was); ``return_mean``, over the episodes that
       finished, or their last returns if none did; ``episodes``, how many did; ``epsilon``, ``env_steps``, at the end.

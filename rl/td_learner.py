@@ -100,7 +100,13 @@ def make_update(
         count = state.updates + 1
         renew = count % target_period == 0
         target_params = jax.tree.map(lambda new, old: jnp.where(renew, new, old), params, state.target_params)
-        metrics = {"loss": loss, "td_loss": td, "q_max": jnp.mean(best), "target_mean": jnp.mean(values)}
+        alive = batch.discount > 0  # of a state that ends an episode nothing is learned
+        metrics = {
+            "loss": loss,
+            "td_loss": td,
+            "q_max": jnp.sum(best * alive) / jnp.maximum(jnp.sum(alive), 1),
+            "target_mean": jnp.mean(values),
+        }
         if conservative_weight:
             metrics["conservative_penalty"] = penalty
         if transform.support is not None:

@@ -18,34 +18,44 @@ ROOT = pathlib.Path(__file__).parent.parent
 ROOMS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-dir"].values()
 FILES = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
 
-CALLS = {"__import__", "compile", "eval", "exec"}  # of builtins: a method of that name is something else
-MODULES = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve", "subprocess", "yaml"}
-ATTRIBUTES = {("os", "popen"), ("os", "system"), ("pandas", "read_pickle"), ("torch", "load")}
+MODULES = {"builtins", "cloudpickle", "dill", "joblib", "marshal", "pickle", "runpy", "shelve", "subprocess", "yaml"}
+CALLS = {"__import__", "compile", "eval", "exec"}  # as names: a method that is called so is something else
+ATTRIBUTES = {"os.popen", "os.system", "pandas.read_pickle", "torch.load"}
+
+
+def origins(tree: ast.AST) -> dict[str, str]:
+    """What each imported name stands for, with dots."""
+    found = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.asname or alias.name.partition(".")[0]: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    return found
 
 
 def dangers(tree: ast.AST) -> list[str]:
     """What in a program could run something that it read, with line numbers."""
-    found = []
+    names, found = origins(tree), []
+    imported = {name.partition(".")[0] for name in names.values()}
+    found += [f"imports {name}" for name in sorted(imported & MODULES)]
     for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or ""]
-        found += [f"{node.lineno}: imports {name}" for name in names if name.partition(".")[0] in MODULES]
         if not isinstance(node, ast.Call):
             continue
-        if isinstance(node.func, ast.Name) and node.func.id in CALLS:
-            found.append(f"{node.lineno}: calls {node.func.id}")
-        if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name):
-            place = (node.func.value.id, node.func.attr)
-            if place in ATTRIBUTES:
-                found.append(f"{node.lineno}: calls {'.'.join(place)}")
-            refused = any(k.arg == "allow_pickle" and ast.unparse(k.value) == "False" for k in node.keywords)
-            if place in {("np", "load"), ("numpy", "load")} and not refused:
-                found.append(f"{node.lineno}: calls np.load without allow_pickle=False")
-        if any(k.arg == "shell" and ast.unparse(k.value) != "False" for k in node.keywords):
-            found.append(f"{node.lineno}: a shell")
+        called = ast.unparse(node.func)
+        first, _, rest = called.partition(".")
+        whole = names.get(first, first) + ("." + rest if rest else "")
+        keywords = {k.arg: ast.unparse(k.value) for k in node.keywords}
+        loads = whole in {"numpy.load", "jax.numpy.load"} and keywords.get("allow_pickle") != "False"
+        spawns = whole.startswith(("os.exec", "os.spawn", "os.posix_spawn"))
+        shell = keywords.get("shell", "False") != "False"
+        if whole in CALLS or whole in ATTRIBUTES or loads or spawns or shell:
+            found.append(f"{node.lineno}: calls {whole}")
+        if keywords.get("allow_pickle", "False") != "False":
+            found.append(f"{node.lineno}: allows pickles")
+        arguments = {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
+        if whole == "importlib.import_module" and arguments & MODULES:
+            found.append(f"{node.lineno}: imports {arguments}")
     return found
 
 
@@ -57,9 +67,26 @@ def test_no_room_can_execute_what_it_reads():
 
 @pytest.mark.parametrize(
     "code",
-    ["import pickle", "from torch import load; import dill.source", "eval('1')", "np.load(f)",
-     "np.load(f, allow_pickle=True)", "os.system('ls')", "run('ls', shell=True)"],
-)  # fmt: skip
+    [
+        "import pickle",
+        "import dill.source",
+        "import os, subprocess as s",
+        "from torch import load; load(f)",
+        "import torch; torch.load(f)",
+        "eval('1')",
+        "import builtins; builtins.eval('1')",
+        "import numpy as np; np.load(f)",
+        "import numpy as np; np.load(f, allow_pickle=True)",
+        "import jax.numpy as jnp; jnp.load(f, allow_pickle=True)",
+        "from numpy import load; load(f)",
+        "import pandas as pd; pd.read_pickle(f)",
+        "import os; os.system('ls')",
+        "from os import system; system('ls')",
+        "import os; os.execv('ls', [])",
+        "import importlib; importlib.import_module('pickle')",
+        "run('ls', shell=True)",
+    ],
+)
 def test_the_search_finds_what_it_looks_for(code):
     assert dangers(ast.parse(code))
 

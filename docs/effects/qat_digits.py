@@ -76,6 +76,8 @@ def main() -> None:
     options = parser.parse_args()
     path = HERE / "qat_digits.json"
     result = json.loads(path.read_text()) if path.exists() else {"methods": {}}
+    if result.get("jax", jax.__version__) != jax.__version__:
+        parser.error(f"{path} is of jax {result['jax']}, this is {jax.__version__}: move it away to start afresh")
     for method in options.methods:
         rows = result["methods"].setdefault(method, [])
         for seed in range(len(rows), options.seeds):
