@@ -139,7 +139,7 @@ def tables(options: argparse.Namespace) -> Tables:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 8192])
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)

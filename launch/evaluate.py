@@ -114,7 +114,9 @@ def run(config: EvaluateConfig) -> None:
     with atomic_path(output) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shown = {name: report[name] for name in ("frechet", *names) if report[name] is not None}
-    print("  ".join(f"{name} {value:.4f}" for name, value in shown.items()), f" ({output})")
+    against = config.reference or f"{real.count} real images, {config.split}"
+    print("  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
+    print(f"{drawn.count} drawn images against {against}, on {config.features} ({output})")
 
 
 def feature_function(name: str, maximum: int) -> Callable[[Any], Any]:

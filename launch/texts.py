@@ -60,7 +60,7 @@ def require_tokenizers() -> Any:
     try:
         import tokenizers
     except ImportError:
-        raise DataError('a vocabulary of byte pairs needs the extra "text": pip install "poise[text]"') from None
+        raise DataError('a vocabulary of byte pairs needs the extra "text": pip install ".[text]"') from None
     return tokenizers
 
 

@@ -1,7 +1,7 @@
 """Trains agents whose values are learned by several losses, side by side: ``python -m poise.launch.value``.
 
 Each loss is one phase of the run, with all seeds trained at once. The built-in game catch takes about a minute; the
-games of MinAtar and other environments of gymnax come with ``pip install "poise[rl]"``. Learning curves with confidence
+games of MinAtar and other environments of gymnax come with ``pip install ".[rl]"``. Learning curves with confidence
 bands, histograms of returns, ``report.json`` and checkpoints are written to the working directory, and a table is
 printed. The same command goes on where a stopped run left off; ``poise.launch.play`` shows an agent at play.
 """

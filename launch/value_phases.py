@@ -105,7 +105,7 @@ def _gymnax(name: str) -> Environment:
         import gymnax
     except ImportError as error:
         raise ConfigError(
-            f'env={name} needs gymnax: pip install "poise[rl]"{nearest(name, ("catch",))}; catch is built in'
+            f'env={name} needs gymnax: pip install ".[rl]"{nearest(name, ("catch",))}; catch is built in'
         ) from error
     if name not in gymnax.registered_envs:
         known = sorted(["catch", *gymnax.registered_envs])

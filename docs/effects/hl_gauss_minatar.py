@@ -1,6 +1,6 @@
 """HL-Gauss beside the squared error, two-hot and C51 on Breakout of MinAtar, with and without noise on the rewards.
 
-    pip install "poise[rl]"
+    pip install ".[rl]"
     python docs/effects/hl_gauss_minatar.py
 
 writes hl_gauss_minatar.json and hl_gauss_minatar.png beside itself, and prints a table.

@@ -106,7 +106,7 @@ def test_mistakes_are_told_before_anything_is_written(flags, words, tmp_path, ca
 def test_without_gymnax_its_environments_are_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gymnax", None)
     assert value.main([f"--workdir={tmp_path}/run", "--env=Breakout-MinAtar"]) == 2
-    assert 'env=Breakout-MinAtar needs gymnax: pip install "poise[rl]"' in capsys.readouterr().err
+    assert 'env=Breakout-MinAtar needs gymnax: pip install ".[rl]"' in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
