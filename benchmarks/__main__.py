@@ -88,7 +88,7 @@ def draw(records: list[Row], path: pathlib.Path) -> None:
         axis.invert_yaxis()
     axes[-1, 0].set_xlabel("times as fast as the first", fontsize=8)
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="png", dpi=80)
     plt.close(figure)
 
 
