@@ -17,7 +17,7 @@ from poise.launch.errors import LaunchError
 from poise.launch.hosts import end, join_hosts, lost, same_everywhere
 from poise.launch.lock import workdir_lock
 from poise.launch.signals import Interrupted
-from poise.launch.workdir import check_shared, mark_shared, prepare_workdir, settle_config, workdir_path
+from poise.launch.workdir import check_shared, mark_shared, prepare_workdir, settle_config, unmark_shared, workdir_path
 
 
 def launch(
@@ -76,6 +76,7 @@ def launch(
             only_main(claim)
             if several():
                 agree(lambda: check_shared(workdir, token))
+                only_main(lambda: unmark_shared(workdir))
             set_up_jax(config)
             run(config, workdir)
 

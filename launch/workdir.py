@@ -126,6 +126,11 @@ def check_shared(workdir: pathlib.Path, token: str) -> None:
         )
 
 
+def unmark_shared(workdir: pathlib.Path) -> None:
+    """Takes the word away again, once all have seen it."""
+    (workdir / SHARED_FILE).unlink(missing_ok=True)
+
+
 def settle_data(facts: dict[str, Any], workdir: str | os.PathLike[str]) -> None:
     """Notes in the run's folder, in ``data.json``, which data it is made with, or makes sure that it is the same still.
 
