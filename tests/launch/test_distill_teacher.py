@@ -42,9 +42,8 @@ def test_a_converted_teacher_is_distilled_on_a_folder_of_images(golden_file, tmp
     command("distill", *flags, cache, "--steps=5")  # goes on, with the teacher read again
     assert json.loads((run / "report.json").read_text())["student_updates"] == 5
 
-    for nfe in (1, 3):
-        command("sample", f"--workdir={run}", "--num=6", f"--nfe={nfe}")
-        assert np.load(run / f"samples_nfe{nfe}.npz")["image"].shape == (6, size, size, 3)
+    command("sample", f"--workdir={run}", "--num=6", "--nfe=3")
+    assert np.load(run / "samples_nfe3.npz")["image"].shape == (6, size, size, 3)
     command("evaluate", f"--workdir={run}", "--num=20")
     assert json.loads((run / "evaluation_nfe1.json").read_text())["num_real"] == 50
     assert distill.main([*flags[:-1], f"--workdir={tmp_path}/other", "--data=digits"]) == 2

@@ -96,9 +96,8 @@ def test_the_file_and_the_configuration_are_a_classifier(finished):
     assert scope["predicted"].shape == (500,)
 
 
-@pytest.mark.parametrize(
-    "phase", [pytest.param("qat", marks=pytest.mark.effects), pytest.param("cga", marks=pytest.mark.slow)]
-)
+@pytest.mark.effects
+@pytest.mark.parametrize("phase", ["qat", "cga"])
 def test_a_stopped_run_ends_with_the_same_bits(finished, phase, tmp_path):
     flags = [flag for flag in TINY if not flag.startswith(("--steps", "--cga_steps"))] + [
         "--steps=40",

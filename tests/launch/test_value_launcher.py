@@ -62,7 +62,7 @@ def test_the_run_writes_everything(finished):
     assert [line.split()[0] for line in table[2:]] == ["hl_gauss"]
 
 
-@pytest.mark.slow
+@pytest.mark.effects
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
     printed, _ = tiny.launch("value", *SMALL, f"--workdir={tmp_path}/undisturbed")
     assert [line.split()[0] for line in printed.splitlines()[2:]] == ["mse", "hl_gauss"]
