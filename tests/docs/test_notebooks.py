@@ -15,14 +15,18 @@ def cells(notebook, kind):
     return [cell for cell in notebook["cells"] if cell["cell_type"] == kind]
 
 
-@pytest.fixture(params=NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
-def notebook(request):
-    return json.loads(request.param.read_text(encoding="utf-8"))
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
-@pytest.mark.slow
-def test_it_runs(notebook, tmp_path, monkeypatch):
+# One calls a launcher, which test_distill_launcher.py runs at the same size: a minute and a half.
+TIERS = {path: pytest.mark.effects if path.stem == "distillation" else pytest.mark.slow for path in NOTEBOOKS}
+
+
+@pytest.mark.parametrize("path", [pytest.param(path, marks=tier, id=path.stem) for path, tier in TIERS.items()])
+def test_it_runs(path, tmp_path, monkeypatch):
     """The numbers of the cell tagged `sizes` give way to those in the notebook's field `smoke`."""
+    notebook = read(path)
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     scope, smoke = {"__name__": "__main__"}, notebook["metadata"]["smoke"]
@@ -36,7 +40,9 @@ def test_it_runs(notebook, tmp_path, monkeypatch):
     matplotlib.pyplot.close("all")
 
 
-def test_it_is_committed_with_the_outputs_of_a_whole_run(notebook):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_it_is_committed_with_the_outputs_of_a_whole_run(path):
+    notebook = read(path)
     code = cells(notebook, "code")
     assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
     outputs = [output for cell in code for output in cell["outputs"]]

@@ -61,7 +61,7 @@ def test_asked_to_stop_it_saves_and_says_how_to_go_on(sent, code, tmp_path):
     assert steps == list(range(1, 401))
 
 
-@pytest.mark.slow
+@pytest.mark.effects
 def test_jensen_shannon_covers_both_modes_where_reverse_kl_takes_one(tmp_path):
     covering = run(tmp_path / "js")
     seeking = run(tmp_path / "rkl", "--divergence=reverse_kl")
