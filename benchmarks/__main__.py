@@ -62,10 +62,15 @@ def draw(records: list[Row], path: pathlib.Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tables = [table for record in records for table in record["tables"] if "speedup" in table["rows"][-1]]
+    found = [
+        (table["title"], {next(iter(row.values())): row["speedup"] for row in table["rows"] if row.get("speedup")})
+        for record in records
+        for table in record["tables"]
+    ]
+    tables = [(title, speeds) for title, speeds in found if len(speeds) > 1]
     if not tables:
         return
-    rows = [len(table["rows"]) for table in tables]
+    rows = [len(speeds) for _, speeds in tables]
     figure, axes = plt.subplots(
         len(tables),
         1,
@@ -75,14 +80,13 @@ def draw(records: list[Row], path: pathlib.Path) -> None:
         gridspec_kw={"height_ratios": rows},
         layout="constrained",
     )
-    for axis, table in zip(axes[:, 0], tables, strict=True):
-        names = [next(iter(row.values())) for row in table["rows"]]
-        values = [row.get("speedup", 1.0) for row in table["rows"]]
+    for axis, (title, speeds) in zip(axes[:, 0], tables, strict=True):
+        names, values = list(speeds), list(speeds.values())
         axis.barh(names, [value - 1 for value in values], left=1, color=["0.6", *["#0072b2"] * (len(names) - 1)])
         for place, value in enumerate(values):
-            axis.annotate(f" {value:.2f}", (max(value, 1), place), va="center", fontsize=7)
+            axis.annotate(f" {value:.2g}", (max(value, 1), place), va="center", fontsize=7)
         axis.axvline(1, color="0.4", linewidth=0.8)
-        axis.set(xscale="log", title=table["title"])
+        axis.set(xscale="log", title=title)
         axis.title.set(fontsize=9, ha="left", position=(0, 1))
         axis.tick_params(labelsize=8)
         axis.invert_yaxis()
@@ -108,7 +112,12 @@ def main() -> int:
     problems = [problem for suite in chosen if (problem := run(suite, folder, options.quick))]
     found = [path for suite in SUITES if (path := folder / f"{suite}.json").exists()]
     records = [json.loads(path.read_text(encoding="utf-8")) for path in found]
-    problems += [f"{path.name} is of an earlier call" for path in found if path.stem not in chosen]
+    newest = [record["machine"] for record in records if record["suite"] in chosen]
+    problems += [
+        f"{record['suite']} was measured earlier, on another machine or with other versions"
+        for record in records
+        if record["suite"] not in chosen and record["machine"] not in newest
+    ]
     with atomic_path(folder / "results.md") as temporary:
         temporary.write_text(page(records, problems), encoding="utf-8")
     draw(records, folder / "results.png")

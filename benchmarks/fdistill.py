@@ -32,7 +32,7 @@ import numpy as np
 import optax
 import torch
 
-from benchmarks.records import Row, Tables, run_suite
+from benchmarks.records import Row, Tables, matrix_product_flops, run_suite
 from benchmarks.torch_fdistill import TorchDistillation
 from poise.fdistill import FDistillConfig, Optimizers, f_distill, karras_sigmas, many_steps
 from poise.nets import RatioHead, edm_network, to_state_dict
@@ -245,20 +245,6 @@ def _peak_mib() -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM:"))
 
 
-def peak_flops(precision: str) -> float:
-    """Operations per second of a large matrix product."""
-    size = 8192 if ON_GPU else 2048
-    a = jnp.ones((size, size), jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
-    product = jax.jit(jnp.matmul)
-    product(a, a).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
 def measure(size: str, precision: str, compiled: bool, rounds: int) -> Tables:
     problem = Problem(size, precision)
     difference = largest_difference(problem)
@@ -274,7 +260,7 @@ def measure(size: str, precision: str, compiled: bool, rounds: int) -> Tables:
                 start = time.perf_counter()
                 action()
                 times[name][what].append(time.perf_counter() - start)
-    peak = peak_flops(precision)
+    peak = matrix_product_flops(precision)
     images = {"cycle": problem.batch * (1 + problem.config.fake_updates), "sample": problem.batch}
 
     def rows(what: str) -> list[Row]:

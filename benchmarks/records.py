@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from poise.launch.files import atomic_path
 
@@ -40,6 +41,20 @@ def machine() -> Row:
         "date": time.strftime("%Y-%m-%d"),
         **versions,
     }
+
+
+def matrix_product_flops(dtype: str) -> float:
+    """Operations per second of a large matrix product: the peak that shares are of."""
+    size = 8192 if jax.default_backend() == "gpu" else 2048
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.matmul)
+    product(a, a).block_until_ready()
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
 
 
 def _processor() -> str:

@@ -242,12 +242,7 @@ def run(config: DistillConfig, workdir: pathlib.Path) -> None:
         workdir=workdir,
         seed=config.seed,
         start=start,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
-        parallel=config.parallel,
-        mesh=config.mesh,
-        sharding=config.sharding,
+        **config.for_fit(),
     )
     if is_main():
         write_results(config, network, result, train, judge, class_names, workdir)

@@ -1,6 +1,7 @@
 """The flags that say how a run is executed: checkpoints, devices, cache; they may change when it is resumed."""
 
 import dataclasses
+from typing import Any
 
 from poise.launch.config import field
 
@@ -22,14 +23,25 @@ class HostsConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExecutionConfig(HostsConfig):
-    """What launchers that train on several devices share; each hands these to :func:`poise.launch.fit`."""
+class CheckpointConfig(HostsConfig):
+    """When a run is saved."""
 
     save_every: int = field(200, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
     save_every_seconds: float = field(
         60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
     )
     keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
+    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
+
+    def for_fit(self) -> dict[str, Any]:
+        """Those of these settings that :func:`poise.launch.fit` takes, by its names for them."""
+        return {name: getattr(self, name) for name in ("save_every", "save_every_seconds", "keep")}
+
+
+@dataclasses.dataclass(frozen=True)
+class ExecutionConfig(CheckpointConfig):
+    """And how it is spread over devices."""
+
     parallel: str = field(
         "jit",
         "jit: one program over all devices; pmap: the same on each",
@@ -40,4 +52,7 @@ class ExecutionConfig(HostsConfig):
     sharding: str = field(
         "", "layout of parameters, rules REGEX=AXIS,AXIS;...; empty: over fsdp by size", role="execution"
     )
-    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
+
+    def for_fit(self) -> dict[str, Any]:
+        """Likewise, with mesh and rules."""
+        return super().for_fit() | {name: getattr(self, name) for name in ("parallel", "mesh", "sharding")}

@@ -145,12 +145,7 @@ def run(config: LanguageModelConfig, workdir: pathlib.Path) -> None:
         language_model_phases(config, train, held_out, codec.vocab_size),
         workdir=workdir,
         seed=config.seed,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
-        parallel=config.parallel,
-        mesh=config.mesh,
-        sharding=config.sharding,
+        **config.for_fit(),
     )
     if is_main():
         write_results(config, codec, result.seconds, workdir)

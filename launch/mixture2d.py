@@ -67,12 +67,7 @@ def run_mixture2d(config: "DistillConfig", workdir: pathlib.Path) -> None:
         workdir=workdir,
         seed=config.seed,
         start=start,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
-        parallel=config.parallel,
-        mesh=config.mesh,
-        sharding=config.sharding,
+        **config.for_fit(),
     )
     if is_main():
         _write_results(config, result, mixture, points, workdir)

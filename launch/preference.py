@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, parse_names, validate
-from poise.launch.execution import HostsConfig
+from poise.launch.execution import CheckpointConfig
 from poise.launch.main import launch
 
 METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
@@ -22,7 +22,7 @@ METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceConfig(HostsConfig):
+class PreferenceConfig(CheckpointConfig):
     """The settings of a comparison; every field is a flag of the same name."""
 
     workdir: str = field(
@@ -57,11 +57,7 @@ class PreferenceConfig(HostsConfig):
 
     eval_every: int = field(50, "updates between judgements; 0: at a loss's end", role="execution", minimum=0)
     save_every: int = field(0, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
-    save_every_seconds: float = field(
-        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
-    )
     keep: int = field(1, "checkpoints kept per phase", role="execution", minimum=1)
-    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def __post_init__(self):
         """Checks each field, and those that belong together."""
@@ -125,9 +121,7 @@ def run(config: PreferenceConfig, workdir: pathlib.Path) -> None:
         preference_phases(config, data, judges),
         workdir=workdir,
         seed=config.seed,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
+        **config.for_fit(),
     )
     if is_main():
         write_results(config, data, judges, result.seconds, workdir)

@@ -123,12 +123,7 @@ def run(config: PTQConfig, workdir: pathlib.Path) -> None:
             (float_phase(config, images),),
             workdir=workdir,
             seed=config.seed,
-            save_every=config.save_every,
-            save_every_seconds=config.save_every_seconds,
-            keep=config.keep,
-            parallel=config.parallel,
-            mesh=config.mesh,
-            sharding=config.sharding,
+            **config.for_fit(),
         ).state.variables
     if is_main():
         quantize_all(config, images, variables, workdir)

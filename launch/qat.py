@@ -88,12 +88,7 @@ def run(config: QATConfig, workdir: pathlib.Path) -> None:
         (float_phase(config, images), *quantized_phases(config, images)),
         workdir=workdir,
         seed=config.seed,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
-        parallel=config.parallel,
-        mesh=config.mesh,
-        sharding=config.sharding,
+        **config.for_fit(),
     )
     if is_main():
         write_results(config, images, result, workdir)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from poise.launch.config import ConfigError, field, parse_names, validate
-from poise.launch.execution import HostsConfig
+from poise.launch.execution import CheckpointConfig
 from poise.launch.main import launch
 
 LOSSES = ("mse", "hl_gauss", "two_hot", "c51", "mse_softmax")
@@ -55,7 +55,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueConfig(HostsConfig):
+class ValueConfig(CheckpointConfig):
     """The settings of a comparison; every field is a flag of the same name."""
 
     workdir: str = field("runs/value", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -94,11 +94,7 @@ class ValueConfig(HostsConfig):
     eval_episodes: int = field(32, "episodes by which each agent is judged", role="execution", minimum=1)
     eval_every: int = field(0, "steps of the run between judgements; 0: at a loss's end", role="execution", minimum=0)
     save_every: int = field(0, "steps between checkpoints; 0: by time alone", role="execution", minimum=0)
-    save_every_seconds: float = field(
-        60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
-    )
     keep: int = field(1, "checkpoints kept per loss; each holds the buffer", role="execution", minimum=1)
-    jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def __post_init__(self):
         """Checks each field, and those that belong together."""
@@ -175,9 +171,7 @@ def run(config: ValueConfig, workdir: pathlib.Path) -> None:
         value_phases(config),
         workdir=workdir,
         seed=config.seed,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
+        **config.for_fit(),
     )
     if is_main():
         write_results(config, result.seconds, workdir)

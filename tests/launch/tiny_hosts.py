@@ -45,12 +45,7 @@ def run(config, workdir):
         tiny.phases(batch_size=config.batch_size, width=config.width, after_evaluation=lambda: time.sleep(config.slow)),
         workdir=workdir,
         seed=3,
-        save_every=config.save_every,
-        save_every_seconds=config.save_every_seconds,
-        keep=config.keep,
-        parallel=config.parallel,
-        mesh=config.mesh,
-        sharding=config.sharding,
+        **config.for_fit(),
     )
     print("restored", result.restored, "trained", result.steps_trained, "main", is_main(), flush=True)
     assert all(leaf.is_fully_addressable for leaf in __import__("jax").tree.leaves(result.state))
