@@ -9,6 +9,8 @@ import numpy as np
 
 from poise.launch.files import atomic_path
 
+_TITLE_INCHES = 1.6  # "teacher, 18 Heun steps" takes as much
+
 
 def samples_picture(
     path: pathlib.Path, groups: Mapping[str, np.ndarray], class_names: Sequence[str], maximum: int, title: str
@@ -23,19 +25,20 @@ def samples_picture(
       title: of the whole picture.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    num_classes = len(class_names)
-    widths = [images.shape[1] for images in groups.values()]
-    cell = 0.42
-    figure = Figure(figsize=(cell * sum(widths) + 0.5 * len(widths) + 0.5, cell * num_classes + 1.1), dpi=150)
-    figure.suptitle(title, fontsize=11, y=0.985)
-    grid = {"width_ratios": widths, "wspace": 0.08, "left": 0.05, "right": 0.99, "top": 0.87, "bottom": 0.02}
-    axes = np.atleast_1d(figure.subplots(1, len(groups), gridspec_kw=grid))
+    num_classes, cell = len(class_names), 0.42
+    inches = [max(cell * images.shape[1], _TITLE_INCHES) for images in groups.values()]
+    labels = 0.08 * max(map(len, class_names))
+    size = (sum(inches) + 0.4 * len(inches) + labels, cell * num_classes + 1.1)
+    figure = Figure(figsize=size, dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.15))
+    figure.suptitle(title, fontsize=11)
+    axes = np.atleast_1d(figure.subplots(1, len(groups), width_ratios=inches))
     for axis, (name, images) in zip(axes, groups.items(), strict=True):
         mosaic, centers = _mosaic(images)
         colours = {"cmap": "gray_r", "vmin": 0, "vmax": maximum} if mosaic.shape[-1] == 1 else {}
         axis.imshow(mosaic[..., 0] if mosaic.shape[-1] == 1 else mosaic / maximum, interpolation="nearest", **colours)
-        axis.set_title(name, fontsize=9, pad=5)
+        axis.set_title(name.replace(" (", "\n("), fontsize=9, pad=5)
         axis.set_xticks([])
         axis.set_yticks(centers, class_names if axis is axes[0] else [""] * num_classes, fontsize=8)
         axis.tick_params(length=0)
