@@ -70,27 +70,23 @@ def draw(records: list[Row], path: pathlib.Path) -> None:
     tables = [(title, speeds) for title, speeds in found if len(speeds) > 1]
     if not tables:
         return
-    rows = [len(speeds) for _, speeds in tables]
+    columns = min(3, len(tables))
+    rows = -(-len(tables) // columns)
     figure, axes = plt.subplots(
-        len(tables),
-        1,
-        figsize=(8, 0.28 * sum(rows) + 0.75 * len(tables)),
-        sharex=True,
-        squeeze=False,
-        gridspec_kw={"height_ratios": rows},
-        layout="constrained",
+        rows, columns, figsize=(5.5 * columns, 1.75 * rows + 0.3), sharex=True, squeeze=False, layout="constrained"
     )
-    for axis, (title, speeds) in zip(axes[:, 0], tables, strict=True):
+    for axis in axes.flat[len(tables) :]:
+        axis.axis("off")
+    for axis, (title, speeds) in zip(axes.flat, tables, strict=False):
         names, values = list(speeds), list(speeds.values())
         axis.barh(names, [value - 1 for value in values], left=1, color=["0.6", *["#0072b2"] * (len(names) - 1)])
         for place, value in enumerate(values):
             axis.annotate(f" {value:.2g}", (max(value, 1), place), va="center", fontsize=7)
         axis.axvline(1, color="0.4", linewidth=0.8)
-        axis.set(xscale="log", title=title)
-        axis.title.set(fontsize=9, ha="left", position=(0, 1))
-        axis.tick_params(labelsize=8)
-        axis.invert_yaxis()
-    axes[-1, 0].set_xlabel("times as fast as the first", fontsize=8)
+        axis.set(xscale="log", ylim=(max(len(names), 4) - 0.5, -0.5))
+        axis.set_title(title, fontsize=8)
+        axis.tick_params(labelsize=7, labelbottom=True)
+    figure.supxlabel("times as fast as the first", fontsize=9)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=80)
     plt.close(figure)
