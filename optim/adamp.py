@@ -12,7 +12,8 @@ from jaxtyping import Array, ArrayLike, DTypeLike, Int, PyTree
 from poise.core.arguments import check_range, check_real, concrete
 from poise.optim.channel_axes import ChannelAxesTree, resolve_channel_axes
 from poise.optim.leaves import is_absent, next_count, resolve_mask, sum_dtype, unzip
-from poise.optim.projection import check_projection, positive_root, project_leaf
+from poise.optim.projection import check_projection, project_leaf
+from poise.optim.radial import positive_root
 
 
 class ScaleByAdamPState(NamedTuple):
@@ -134,11 +135,15 @@ def scale_by_adamp(
             missing_first, missing_second = (
                 -jnp.expm1(count.astype(dtype) * jnp.log1p(-x)) for x in (new_first, new_second)
             )
-            denominator = positive_root(nu_new) * (1 / jnp.sqrt(missing_second)) + softening
-            if not never_zero:
-                ahead = jnp.where(denominator == 0, 0, ahead)
-                denominator = jnp.where(denominator == 0, 1, denominator)
-            direction = ahead * (1 / missing_first) / denominator
+
+            def direction():
+                denominator = positive_root(nu_new) * (1 / jnp.sqrt(missing_second)) + softening
+                numerator = ahead
+                if not never_zero:
+                    numerator = jnp.where(denominator == 0, 0, ahead)
+                    denominator = jnp.where(denominator == 0, 1, denominator)
+                return numerator * (1 / missing_first) / denominator
+
             step = project_leaf(p, g, direction, spec, delta, ratio, eps, f" at {jax.tree_util.keystr(path)}")
             out = step.update + lam * step.ratio * p.astype(dtype) if decayed else step.update
             return _Leaf(out.astype(g.dtype), mu_new.astype(mu.dtype), nu_new.astype(nu.dtype))

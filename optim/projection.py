@@ -1,6 +1,6 @@
 """Removal of the radial part of an update where a weight looks scale-invariant."""
 
-import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,8 +16,7 @@ from poise.optim.channel_axes import (
     row_geometry,
 )
 from poise.optim.leaves import is_absent, sum_dtype, unzip
-
-NOT_PROJECTED, CHANNEL_VIEW, LAYER_VIEW = 0, 1, 2
+from poise.optim.radial import NOT_PROJECTED, radial
 
 
 class Projected(NamedTuple):
@@ -28,75 +27,33 @@ class Projected(NamedTuple):
     view: Array
 
 
-class _Row(NamedTuple):
-    """Norms and inner products of every row."""
-
-    weight: Array
-    grad: Array
-    weight_grad: Array
-    weight_update: Array
-
-
-@jax.custom_jvp
-def positive_root(square: Array) -> Array:
-    """The square root of something nonnegative, with derivative 0 at 0."""
-    return jnp.sqrt(square)
-
-
-@positive_root.defjvp
-def _positive_root_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (square,), (tangent,) = primals, tangents
-    root = positive_root(square)
-    return root, jnp.where(square > 0, tangent / (2 * jnp.where(square > 0, root, 1)), 0)
-
-
-def _quotient(numerator: Array, denominator: Array) -> Array:
-    """A quotient that is 0 where the denominator is."""
-    nonzero = denominator > 0
-    return jnp.where(nonzero, numerator / jnp.where(nonzero, denominator, 1), 0)
-
-
-def _cosine(row: _Row, eps: ArrayLike) -> Array:
-    return _quotient(
-        jnp.abs(row.weight_grad),
-        jnp.maximum(positive_root(row.weight), eps) * jnp.maximum(positive_root(row.grad), eps),
-    )
-
-
 def project_leaf(
     weight: Array,
     grad: Array,
-    update: Array,
+    direction: Callable[[], Array],
     spec: ChannelAxes | None,
     delta: ArrayLike,
     wd_ratio: ArrayLike,
     eps: ArrayLike,
     where: str = "",
 ) -> Projected:
-    """The projection of one leaf; see :func:`project_radial`. The update comes back in its own dtype."""
+    """The projection of one leaf; see :func:`project_radial`. The update comes back in the direction's dtype.
+
+    The direction is computed wherever it is needed: what it is made of should be there already.
+    """
+    update = direction()
     dtype = sum_dtype(weight, grad, update)
     geometry = row_geometry(weight.shape, spec, where)
     if geometry is None:
         ones = jnp.ones((1,) * weight.ndim, dtype)
         return Projected(update, ones, jnp.zeros(ones.shape, jnp.int32))
     delta, wd_ratio, eps = (jnp.asarray(number, dtype) for number in (delta, wd_ratio, eps))
-    p, g, u = (x.astype(dtype) for x in (weight, grad, update))
-    rows = _Row(*(jnp.sum(x, axis=geometry.within, keepdims=True) for x in (p * p, g * g, p * g, p * u)))
-    layer = _Row(*(jnp.sum(x, axis=geometry.channel, keepdims=True) for x in rows))
-
-    largest = jnp.max(_cosine(rows, eps), axis=geometry.channel, keepdims=True)
-    by_channel = largest < delta / math.sqrt(geometry.row_size)
-    by_layer = jnp.logical_not(by_channel) & (_cosine(layer, eps) < delta / math.sqrt(geometry.slice_size))
-    # The update loses c p, with c its length along the weight over the weight's norm, softened by eps both times. The
-    # quotient comes last on purpose: XLA fuses cheaper operations into the loop over entries and repeats them there.
-    along = jnp.where(by_channel, rows.weight_update, jnp.where(by_layer, layer.weight_update, 0))
-    norm = positive_root(jnp.where(by_channel, rows.weight, layer.weight)) + eps
-    norm = jnp.where(norm > 0, norm, 1)
-    coefficient = along / norm / norm
+    p = weight.astype(dtype)
+    found = radial(p, grad.astype(dtype), lambda: direction().astype(dtype), geometry, delta, eps)
     return Projected(
-        update=(u - coefficient * p).astype(update.dtype),
-        ratio=jnp.where(by_channel | by_layer, wd_ratio, jnp.ones((), dtype)),
-        view=jnp.where(by_channel, CHANNEL_VIEW, jnp.where(by_layer, LAYER_VIEW, NOT_PROJECTED)).astype(jnp.int32),
+        update=(update.astype(dtype) - found.coefficient * p).astype(update.dtype),
+        ratio=jnp.where(found.view == NOT_PROJECTED, jnp.ones((), dtype), wd_ratio),
+        view=found.view,
     )
 
 
@@ -181,7 +138,7 @@ def project_radial(
     def leaf(path, u, p, g, spec):
         if is_absent(u):
             return u
-        projected = project_leaf(p, g, u, spec, delta, wd_ratio, eps, f" at {jax.tree_util.keystr(path)}")
+        projected = project_leaf(p, g, lambda: u, spec, delta, wd_ratio, eps, f" at {jax.tree_util.keystr(path)}")
         return projected._replace(ratio=_squeezed(projected.ratio, p, spec))
 
     out = jax.tree_util.tree_map_with_path(leaf, updates, params, grads, specs, is_leaf=is_absent)
@@ -227,7 +184,7 @@ def adamp_view(
     def leaf(path, g, p, spec):
         if is_absent(g):
             return g
-        view = project_leaf(p, g, g, spec, delta, 1.0, eps, f" at {jax.tree_util.keystr(path)}").view
+        view = project_leaf(p, g, lambda: g, spec, delta, 1.0, eps, f" at {jax.tree_util.keystr(path)}").view
         return _squeezed(view, p, spec)
 
     return jax.tree_util.tree_map_with_path(leaf, grads, params, specs, is_leaf=is_absent)

@@ -123,7 +123,7 @@ def scale_by_sgdp(
             gradient = g.astype(dtype)
             total = beta * old.astype(dtype) + fresh * gradient
             direction = gradient + beta * total if nesterov else total
-            step = project_leaf(p, g, direction, spec, delta, ratio, eps, f" at {jax.tree_util.keystr(path)}")
+            step = project_leaf(p, g, lambda: direction, spec, delta, ratio, eps, f" at {jax.tree_util.keystr(path)}")
             kept = step.update if project_momentum and not nesterov else total
             out = step.update + lam * step.ratio * p.astype(dtype) if decayed else step.update
             return _Leaf(out.astype(g.dtype), kept.astype(old.dtype))

@@ -12,7 +12,7 @@ from poise.core.arguments import check_count, check_range
 from poise.optim.capped_shares import capped_shares
 from poise.optim.groups import Groups, Partition, group_squares, group_weights, partition, spread
 from poise.optim.leaves import find_rule, path_names, sum_dtype
-from poise.optim.projection import positive_root
+from poise.optim.radial import positive_root
 
 
 def _prepare(x: Array, groups: Groups, k: ArrayLike, weights: Any) -> tuple[Partition, Array, Array]:
