@@ -35,6 +35,7 @@ from poise.launch.manifest import (
     save_args,
     saved_steps,
 )
+from poise.launch.mirror import Mirror, mirror_of
 
 
 class Restored(NamedTuple):
@@ -279,6 +280,16 @@ class CheckpointStore:
                 "leaves": describe(layout.live_paths, live, digests(live)),
             }
             manager.save(step, args=save_args(layout.live_names, live, meta), force=True)
+        mirror = self._mirror()
+        if mirror is not None:
+            mirror.saved(path)
+
+    def _mirror(self) -> Mirror | None:
+        """What brings this process's checkpoints to an object store, where the run's workdir is in one."""
+        mirror = mirror_of(self.directory.parent)
+        if mirror is not None:
+            mirror.log = self._log
+        return mirror
 
     @staticmethod
     def _manifest_of(layout: Layout, frozen: Sequence[jax.Array]) -> list[dict[str, Any]]:
@@ -336,7 +347,7 @@ class CheckpointStore:
         return self._manager
 
     def wait(self) -> None:
-        """Waits until what was saved is on disk.
+        """Waits until what was saved is on disk, and in the object store where the run's workdir is in one.
 
         Raises:
           CheckpointError: if it can't be written.
@@ -344,6 +355,9 @@ class CheckpointStore:
         if self._manager is not None:
             with self._saving(self._folders[self._manager_phase]):
                 self._manager.wait_until_finished()
+        mirror = self._mirror()
+        if mirror is not None:
+            mirror.wait()
 
     def check(self) -> None:
         """Raises what went wrong in the background so far; costs nothing.
@@ -354,6 +368,9 @@ class CheckpointStore:
         if self._manager is not None:
             with self._saving(self._folders[self._manager_phase]):
                 self._manager.check_for_errors()
+        mirror = self._mirror()
+        if mirror is not None:
+            mirror.check()
 
     def close(self) -> None:
         """Waits and lets go of the files."""
@@ -368,6 +385,9 @@ class CheckpointStore:
             if not self._failed:
                 _HUSHED.remove(quiet)
                 quiet.close()
+        mirror = self._mirror()
+        if mirror is not None and not self._failed:
+            mirror.wait()
 
 
 def restore_tree(path: str | os.PathLike[str]) -> PyTree:

@@ -31,7 +31,7 @@ from poise.launch.devices import Placement
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
-from poise.launch.lock import workdir_lock
+from poise.launch.mirror import claimed_workdir
 from poise.launch.phase import Phase, Program
 from poise.launch.progress import Console, duration
 from poise.launch.sharding import Rules
@@ -95,7 +95,7 @@ def fit(
 
     Args:
       phases: in order; only the last one may be made longer for a run that has come past the others.
-      workdir: the run's folder; one run, one folder.
+      workdir: the run's folder, or an address such as ``gs://bucket/run``; one run, one folder.
       seed: of parameters and noise, at least 0. (Data sources have seeds of their own.)
       start: what the first phase's ``make_algorithm`` receives, such as a network trained elsewhere; the same whenever
         the run goes on.
@@ -142,7 +142,7 @@ def fit(
     """
     _check(phases, seed, save_every, save_every_seconds)
     path = workdir_path(workdir)
-    only_main(lambda: prepare_workdir(path))
+    only_main(lambda: prepare_workdir(workdir))
     placement = Placement(devices, parallel, mesh, sharding)
     sinks: list[Writer] = []
     timing = TimingLog(path / "timing.jsonl" if is_main() else None)
@@ -157,7 +157,7 @@ def fit(
         path / "checkpoints", [(phase.name, phase.num_steps) for phase in phases], seed, keep, console.line
     )
     with contextlib.ExitStack() as stack:
-        only_main(lambda: stack.enter_context(workdir_lock(path)))
+        only_main(lambda: stack.enter_context(claimed_workdir(workdir, console.line)))
         stop = stack.enter_context(stop_on_signals())
         run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start

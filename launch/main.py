@@ -15,7 +15,7 @@ from poise.launch.agreement import agree, main_first, main_says, only_main, seve
 from poise.launch.config import ConfigError, parse_config
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import end, join_hosts, lost, same_everywhere
-from poise.launch.lock import workdir_lock
+from poise.launch.mirror import claimed_workdir
 from poise.launch.signals import Interrupted
 from poise.launch.workdir import check_shared, mark_shared, prepare_workdir, settle_config, unmark_shared, workdir_path
 
@@ -68,7 +68,7 @@ def launch(
 
             def claim() -> None:
                 prepare_workdir(workdir)
-                stack.enter_context(workdir_lock(workdir))
+                stack.enter_context(claimed_workdir(config.workdir))
                 settle_config(config, workdir)
                 if several():
                     mark_shared(workdir, token)

@@ -10,6 +10,7 @@ from typing import Any
 from poise.launch.agreement import agree, only_main
 from poise.launch.config import ConfigError, config_fields
 from poise.launch.files import atomic_path
+from poise.launch.object_store import checked_address, is_address, make_private, scratch_folder
 
 CONFIG_FILE, DATA_FILE, SHARED_FILE = "config.json", "data.json", ".shared"
 
@@ -20,19 +21,16 @@ def _plain(config: Any) -> dict[str, Any]:
 
 
 def workdir_path(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    """A run's folder as an absolute path.
+    """A run's folder as an absolute path; of an address in an object store the folder on this machine behind it.
 
     Raises:
-      ConfigError: if it is empty, or a place that is no folder of this machine, such as ``gs://bucket/run``.
+      ConfigError: if it is empty, or an address in no store that is known.
     """
     text = os.fspath(workdir)
     if not text:
         raise ConfigError("workdir must name a folder, got an empty text")
-    if "://" in text:
-        raise ConfigError(
-            f"workdir must be a folder of a file system, got {text!r}; object stores have no locks and no atomic "
-            "renames: mount the bucket, or copy the finished folder to it"
-        )
+    if is_address(text):
+        return scratch_folder(checked_address(text))
     return pathlib.Path(text).expanduser().absolute()
 
 
@@ -44,6 +42,8 @@ def prepare_workdir(workdir: str | os.PathLike[str]) -> pathlib.Path:
     """
     path = workdir_path(workdir)
     try:
+        if is_address(workdir):
+            make_private(path)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass

@@ -63,8 +63,28 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path):
         settle_config(Config(), "")
 
 
-def test_an_object_store_is_no_folder(tmp_path, monkeypatch):
+def test_an_address_has_a_folder_on_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"workdir must be a folder of a file system, got 'gs://bucket/run'"):
-        prepare_workdir("gs://bucket/run")
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("POISE_SCRATCH", str(tmp_path / "scratch"))
+    path = prepare_workdir("gs://bucket/runs/digits/")
+    assert path == prepare_workdir("gs://bucket/runs/digits")
+    assert path != prepare_workdir("gs://bucket/other/digits")
+    assert path.parent.parent == tmp_path / "scratch"
+    assert path.name.startswith("digits-")
+    assert path.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("http://host/run", "gs://, s3://, az://, got 'http://host/run'"),
+        ("file:///run", "begins with one of"),
+        ("gs://bucket", "must name a folder in a bucket"),
+        ("gs://bucket/../run", "must name a folder in a bucket"),
+        ("gs://bucket//run", "must name a folder in a bucket"),
+        ("gs://", "begins with one of|must name a folder in a bucket"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_named(address, words):
+    with pytest.raises(ConfigError, match=words):
+        prepare_workdir(address)

@@ -1,0 +1,563 @@
+"""A run's folder in an object store: it works in a folder of this machine, which is brought there and back.
+
+Order is what keeps a run whole in a store that has no folders to rename:
+
+- ``metrics.jsonl`` and all other files that changed go up first;
+- then the files of a checkpoint, and of the frozen parts beside it;
+- then, as one object that lists them with sizes and digests, ``.commits/<phase>/<step>.json``. Without it there is no
+  checkpoint. So the rows up to a checkpoint's step are always there with it.
+- A checkpoint that goes loses that object first, and its files after.
+
+Where the run goes on from an older checkpoint than the store has, the later ones go before anything else is written.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from poise.launch.config import ConfigError
+from poise.launch.errors import LaunchError
+from poise.launch.files import atomic_path
+from poise.launch.lease import Lease, LeaseLost
+from poise.launch.lock import workdir_lock
+from poise.launch.object_store import (
+    MissingObject,
+    ObjectStore,
+    StoreError,
+    at_once,
+    checked_address,
+    is_address,
+    is_safe,
+)
+from poise.launch.workdir import workdir_path
+
+CHECKPOINTS, FROZEN, COMMITS = "checkpoints", "checkpoints/frozen", ".commits"
+BEGUN = ".commits/begun"  # from then on a checkpoint is what a commit says; before, what somebody copied there
+_NOT_MIRRORED = ("checkpoints", "data", "tensorboard")  # of these tensorboard goes up, and isn't needed down here
+_OWNER, _WHOLE = ".owner", ".whole"
+_FORMAT = 1
+_CHECKPOINT = re.compile(r"(\d\d+_[\w-]+)/(\d+)")
+
+_open: dict[pathlib.Path, "Mirror"] = {}
+
+
+class BadCommit(Exception):
+    """A checkpoint in the store that can't be brought down as it was; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Saved:
+    """A checkpoint's place in its run; the later the larger."""
+
+    phase: str
+    step: int
+
+    @classmethod
+    def named(cls, name: str) -> "Saved | None":
+        """From ``00_teacher/300``; None for anything else."""
+        match = _CHECKPOINT.fullmatch(name)
+        return cls(match[1], int(match[2])) if match and str(int(match[2])) == match[2] else None
+
+    @property
+    def folder(self) -> str:
+        """Where its files are."""
+        return f"{CHECKPOINTS}/{self.phase}/{self.step}"
+
+    @property
+    def commit(self) -> str:
+        """The object that says that they are all there."""
+        return f"{COMMITS}/{self.phase}/{self.step}.json"
+
+
+Files = Mapping[str, tuple[int, str]]  # bytes and SHA-256 of files, by their names in the run's folder
+
+
+def _digest(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(files: Mapping[str, pathlib.Path]) -> Files:
+    return {name: (path.stat().st_size, _digest(path)) for name, path in files.items()}
+
+
+def _seal(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def commit_content(files: Files, frozen: Files) -> bytes:
+    """What a checkpoint's last object says."""
+    content = {"format": _FORMAT, "files": {k: list(v) for k, v in files.items()}}
+    content["frozen"] = {k: list(v) for k, v in frozen.items()}
+    return json.dumps(content | {"sha256": _seal(content)}).encode()
+
+
+def read_commit(saved: Saved, raw: bytes) -> tuple[Files, Files]:
+    """The files of a checkpoint and of the frozen parts beside it, each of which lies where it must.
+
+    Raises:
+      BadCommit: if it was not written like that.
+    """
+    try:
+        content = json.loads(raw)
+        seal = content.pop("sha256")
+        if content["format"] != _FORMAT or _seal(content) != seal:
+            raise ValueError
+        parts = [{name: (int(size), str(digest)) for name, (size, digest) in content[part].items()}
+                 for part in ("files", "frozen")]  # fmt: skip
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadCommit("its list of files is damaged") from None
+    for names, folder in zip(parts, (saved.folder, FROZEN), strict=True):
+        for name in names:
+            if not is_safe(name) or not name.startswith(f"{folder}/"):
+                raise BadCommit(f"its list of files names {name!r}, which is none of its own")
+    if not parts[0]:
+        raise BadCommit("its list of files is empty")
+    return parts[0], parts[1]
+
+
+def files_under(folder: pathlib.Path, below: str, without: Sequence[str] = ()) -> dict[str, pathlib.Path]:
+    """The regular files below a part of a folder, by their names; what vanishes meanwhile is left out.
+
+    Args:
+      folder: a run's.
+      below: the part's name; ``""`` for all of it.
+      without: names of its own folders that are passed over.
+    """
+    found, top = {}, os.path.join(folder, below)
+    for parent, folders, files in os.walk(top):
+        if parent == top:
+            folders[:] = [name for name in folders if name not in without]
+        for path in (pathlib.Path(parent) / name for name in files):
+            if path.is_file() and not path.is_symlink():
+                found[path.relative_to(folder).as_posix()] = path
+    return dict(sorted(found.items()))
+
+
+def saved_here(folder: pathlib.Path) -> list[Saved]:
+    """The checkpoints in a run's folder, in the order of the run."""
+    found = ((path, Saved.named(f"{path.parent.name}/{path.name}")) for path in (folder / CHECKPOINTS).glob("*/*"))
+    return sorted(saved for path, saved in found if saved is not None and path.is_dir())
+
+
+def saved_there(names: Mapping[str, Any]) -> list[Saved]:
+    """The checkpoints that a store's objects speak of."""
+    inner = (name.removeprefix(f"{COMMITS}/").removesuffix(".json") for name in names if name.startswith(f"{COMMITS}/"))
+    return sorted(saved for saved in map(Saved.named, inner) if saved is not None and saved.commit in names)
+
+
+def others_in(names: Mapping[str, Any]) -> list[str]:
+    """The objects that are plain files of a run: results, settings and rows."""
+    return [
+        name
+        for name in names
+        if name.split("/")[0] not in _NOT_MIRRORED and not any(part.startswith(".") for part in name.split("/"))
+    ]
+
+
+def bring(store: ObjectStore, folder: pathlib.Path, files: Files, names: Mapping[str, Any]) -> None:
+    """Brings files down that have the digests that they should have; those that are here already stay.
+
+    Raises:
+      BadCommit: if one is missing or another.
+    """
+    for name, (size, _) in files.items():
+        if name not in names:
+            raise BadCommit(f"its object {name} is missing")
+        if names[name].size != size:
+            raise BadCommit(f"its object {name} has {names[name].size} bytes, not {size}")
+
+    def one(name: str) -> None:
+        path, (size, digest) = folder / name, files[name]
+        if path.is_file() and path.stat().st_size == size and _digest(path) == digest:
+            return
+        try:
+            store.get(name, path)
+        except MissingObject:
+            raise BadCommit(f"its object {name} is missing") from None
+        if _digest(path) != digest:
+            raise BadCommit(f"its object {name} is not what its digest says")
+
+    at_once(one, files)
+
+
+def bring_checkpoint(store: ObjectStore, folder: pathlib.Path, saved: Saved, names: Mapping[str, Any]) -> set[str]:
+    """Brings one checkpoint down, with the frozen parts beside it as far as they are whole.
+
+    Returns:
+      The names of its files.
+
+    Raises:
+      BadCommit: if it isn't whole; nothing of it is left here.
+    """
+    try:
+        files, frozen = read_commit(saved, store.read(saved.commit))
+        bring(store, folder, files, names)
+    except (BadCommit, MissingObject) as error:
+        shutil.rmtree(folder / saved.folder, ignore_errors=True)
+        if isinstance(error, MissingObject):
+            raise BadCommit("it was removed a moment ago") from error
+        raise
+    homes: dict[str, dict[str, tuple[int, str]]] = {}
+    for name, facts in frozen.items():
+        homes.setdefault("/".join(name.split("/")[:3]), {})[name] = facts
+    for home, parts in homes.items():
+        try:
+            bring(store, folder, parts, names)
+        except BadCommit:  # whether it is needed, and can be made again, is known when it is read
+            shutil.rmtree(folder / home, ignore_errors=True)
+    return {*files, *frozen}
+
+
+class Mirror:
+    """An address, the folder on this machine that its run works in, and what is under way between them.
+
+    Args:
+      store: the address.
+      folder: the folder, whose lock this process holds.
+      log: gets sentences for the user.
+    """
+
+    def __init__(self, store: ObjectStore, folder: pathlib.Path, log: Callable[[str], None]):
+        self._store, self._folder, self.log = store, folder, log
+        token = folder / _OWNER
+        if not token.is_file():
+            with atomic_path(token) as temporary:
+                temporary.write_text(os.urandom(16).hex(), encoding="utf-8")
+        # the machine's name, too: a cache folder may be on a file system that several share
+        self._owner = f"{token.read_text(encoding='utf-8')[:64]}@{socket.gethostname()}"
+        self._lease = Lease(store, self._owner, log)
+        self._pool = concurrent.futures.ThreadPoolExecutor(1, "upload")
+        self._job: concurrent.futures.Future[None] | None = None
+        self._failed = False
+        self._given_up = threading.Event()
+        self._there: dict[Saved, int | None] = {}  # and which folder here each of them is a copy of
+        self._sent: dict[str, tuple[int, int]] = {}
+
+    # Down
+
+    def begin(self) -> None:
+        """Takes the address and makes the folder what the run in it was left as.
+
+        Raises:
+          WorkdirLocked: if another launcher works there.
+          ConfigError: if the address can't be read or written.
+          CheckpointError: if it has checkpoints and none of them is whole.
+        """
+        try:
+            held = self._lease.take()
+        except StoreError as error:
+            raise ConfigError(f"the workdir cannot be used: {error}") from error
+        try:
+            names = self._store.names()
+            self._there = dict.fromkeys(saved_there(names))
+            if not self._is_whole(held, names):
+                with self._telling(f"bringing {self._store.address} down"):
+                    self._bring_down(names)
+            here = saved_here(self._folder)
+            self._there |= {saved: self._folder_of(saved) for saved in here if saved in self._there}
+            (self._folder / _WHOLE).write_text(str(self._lease.number), encoding="utf-8")
+            if BEGUN in names:
+                self._clean(names)
+            else:
+                self._adopt(names)
+            if not self._there.keys() >= set(here):
+                self._schedule(None)
+        except BaseException:
+            with contextlib.suppress(StoreError):
+                self._lease.end()
+            raise
+
+    def _is_whole(self, held: int, names: Mapping[str, Any]) -> bool:
+        """Whether the folder has all that the store has, and perhaps more: nobody else wrote there since it had."""
+        mark = self._folder / _WHOLE
+        if not held or not mark.is_file() or mark.read_text(encoding="utf-8") != str(held):
+            return False
+        here = saved_here(self._folder)
+        if self._there and (not here or here[-1] < max(self._there)):
+            return False
+        for saved in self._there.keys() & set(here):  # a cache folder may have been swept
+            try:
+                files, frozen = read_commit(saved, self._store.read(saved.commit))
+            except (BadCommit, MissingObject):
+                return False
+            paths = {self._folder / name: size for name, (size, _) in {**files, **frozen}.items()}
+            if any(not path.is_file() or path.stat().st_size != size for path, size in paths.items()):
+                return False
+        return all((self._folder / name).is_file() for name in others_in(names))
+
+    def _bring_down(self, names: Mapping[str, Any]) -> None:
+        (self._folder / _WHOLE).unlink(missing_ok=True)
+        others, kept, damaged = others_in(names), set[str](), {}
+        for saved in sorted(self._there, reverse=True):
+            try:
+                kept |= bring_checkpoint(self._store, self._folder, saved, names)
+            except BadCommit as error:
+                damaged[saved] = error
+        if damaged and len(damaged) == len(self._there):
+            from poise.launch.manifest import CheckpointError
+
+            newest = max(damaged)
+            raise CheckpointError(
+                f"{'the only checkpoint' if len(damaged) == 1 else f'all {len(damaged)} checkpoints'} in "
+                f"{self._store.address} {'is' if len(damaged) == 1 else 'are'} damaged, the newest, {newest.folder}, "
+                f"because {damaged[newest]}; remove {COMMITS} there to start afresh"
+            )
+        for saved, error in damaged.items():
+            self.log(
+                f"warning: the checkpoint {self._store.address}/{saved.folder} is damaged and was passed over: {error}"
+            )
+        if BEGUN not in names:  # whether they are whole is known when they are read
+            others += [name for name in names if name.startswith(f"{CHECKPOINTS}/") and name not in kept]
+        at_once(lambda name: self._store.get(name, self._folder / name), others)
+        for name, path in files_under(self._folder, "").items():
+            if name in others or name in kept:
+                self._sent[name] = _state(path)
+            elif name not in kept and not name.startswith((".", "data/")):
+                path.unlink()
+        for path in sorted((self._folder / CHECKPOINTS).rglob("*"), reverse=True):
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+
+    def _clean(self, names: Mapping[str, Any]) -> None:
+        """Removes what an upload or a removal that was cut off left."""
+        known = {saved.folder for saved in self._there}
+        inner = re.compile(rf"({CHECKPOINTS}/{_CHECKPOINT.pattern})/.*")
+        loose = [name for name in names if (match := inner.fullmatch(name)) and match[1] not in known]
+        self._store.remove_all(loose)
+
+    def _adopt(self, names: Mapping[str, Any]) -> None:
+        """Takes checkpoints over that somebody copied there; their objects stay as they are."""
+        for saved in saved_here(self._folder):
+            files = files_under(self._folder, saved.folder)
+            if saved not in self._there and all(name in names for name in files):
+                self._store.write(saved.commit, commit_content(_listed(files), _listed(self._frozen())))
+                self._there[saved] = self._folder_of(saved)
+        self._store.write(BEGUN, b"")
+
+    def _folder_of(self, saved: Saved) -> int | None:
+        """Which folder a checkpoint is now: one that was damaged may have been put aside, and made again."""
+        try:
+            return (self._folder / saved.folder).stat().st_ino
+        except FileNotFoundError:
+            return None
+
+    def _frozen(self) -> dict[str, pathlib.Path]:
+        return files_under(self._folder, FROZEN)
+
+    # Up
+
+    def saved(self, path: pathlib.Path) -> None:
+        """A checkpoint is being written to this path; as soon as it is complete it goes up, in the background."""
+        self._given_up.clear()
+        self._schedule(path)
+
+    def give_up(self) -> None:
+        """The checkpoint that is awaited will not come."""
+        self._given_up.set()
+
+    def _schedule(self, path: pathlib.Path | None) -> None:
+        self._job = self._pool.submit(self._bring_up, path)
+
+    def _bring_up(self, path: pathlib.Path | None) -> None:
+        while path is not None and not path.is_dir():  # its name is the last that it gets
+            if self._given_up.wait(0.02):
+                return
+        self._sync()
+
+    def _sync(self) -> None:
+        """Makes the store what the folder is, in the order that the module's description gives."""
+        self._lease.check()
+        here = saved_here(self._folder)
+        if here:
+            for saved in sorted(self._there, reverse=True):
+                if saved > here[-1] or self._folder_of(saved) not in (None, self._there[saved]):
+                    self._withdraw(saved)
+        self._put_others()
+        for saved in here:
+            if saved not in self._there:
+                self._commit(saved)
+        if here:
+            for saved in sorted(self._there.keys() - set(here)):
+                self._withdraw(saved)
+
+    def _put_others(self) -> None:
+        """Whatever changed, from a copy, since some files grow while they are read; results come last."""
+        changed = {}
+        for name, path in files_under(self._folder, "", ("checkpoints", "data")).items():
+            if any(part.startswith(".") for part in name.split("/")):
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if self._sent.get(name) != _state(path):
+                    changed[name] = path
+        copy = self._folder / ".upload"
+        try:
+            for name in sorted(changed, key=lambda name: (name == "report.json", name)):
+                with contextlib.suppress(FileNotFoundError):
+                    state = _state(changed[name])
+                    shutil.copyfile(changed[name], copy)
+                    self._store.put(copy, name)
+                    self._sent[name] = state
+        finally:
+            copy.unlink(missing_ok=True)
+
+    def _commit(self, saved: Saved) -> None:
+        files, frozen = files_under(self._folder, saved.folder), self._frozen()
+        left = self._store.names(saved.folder)  # by an upload that was cut off
+        self._store.remove_all(name for name in left if name not in files)
+        new = {name: path for name, path in frozen.items() if self._sent.get(name) != _state(path)}
+        self._store.put_all({**new, **files})
+        self._sent |= {name: _state(path) for name, path in new.items()}
+        content = commit_content(_listed(files), _listed(frozen))
+        if not files or files_under(self._folder, saved.folder).keys() != files.keys():  # it is going away
+            return
+        self._lease.check()
+        self._store.write(saved.commit, content)
+        self._there[saved] = self._folder_of(saved)
+
+    def _withdraw(self, saved: Saved) -> None:
+        self._store.remove(saved.commit)
+        del self._there[saved]
+        self._store.remove_all(self._store.names(saved.folder))
+
+    def check(self) -> None:
+        """Raises what went wrong in the background so far; costs nothing.
+
+        Raises:
+          CheckpointError: if something can't be brought up, or the address was lost.
+        """
+        if self._job is not None and self._job.done():
+            self.wait()
+        lost = self._lease.lost()
+        if lost is not None:
+            self._raise(lost)
+
+    def wait(self) -> None:
+        """Waits until everything that was saved is in the store.
+
+        Raises:
+          CheckpointError: likewise.
+        """
+        if self._job is None:
+            return
+        try:
+            with self._telling(f"bringing the checkpoint up to {self._store.address}"):
+                self._job.result()
+            self._job = None
+        except (StoreError, OSError) as error:
+            self._raise(error)
+
+    def _raise(self, error: Exception) -> None:
+        from poise.launch.manifest import CheckpointError
+
+        self._failed, self._job = True, None
+        if isinstance(error, LeaseLost):
+            raise CheckpointError(str(error)) from error
+        raise CheckpointError(
+            f"the run can't be brought up to {self._store.address}: {error}; what is there is whole, this machine has "
+            f"the rest in {self._folder}, and the same command goes on once that is mended"
+        ) from error
+
+    def end(self, failed: bool = False) -> None:
+        """Brings up what changed since, and leaves the address.
+
+        Args:
+          failed: whether something else went wrong that is to be told instead.
+
+        Raises:
+          CheckpointError: if something can't be brought up.
+        """
+        try:
+            self.give_up()
+            if not self._failed and self._lease.lost() is None:
+                self.wait()
+                self._schedule(None)
+                self.wait()
+        except LaunchError:
+            if not failed:
+                raise
+        finally:
+            self._pool.shutdown(wait=True)
+            with contextlib.suppress(StoreError):
+                self._lease.end()
+
+    @contextlib.contextmanager
+    def _telling(self, what: str) -> Iterator[None]:
+        """Says what it waits for, where that takes more than a second."""
+        timer = threading.Timer(1.0, lambda: self.log(f"{what} ..."))
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _state(path: pathlib.Path) -> tuple[int, int]:
+    """What changes when a file does."""
+    facts = path.stat()
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _say(sentence: str) -> None:
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def mirror_of(folder: pathlib.Path) -> Mirror | None:
+    """The mirror whose run works in a folder, in this process; None for a folder that is only one."""
+    return _open.get(folder)
+
+
+@contextlib.contextmanager
+def claimed_workdir(workdir: str | os.PathLike[str], log: Callable[[str], None] = _say) -> Iterator[None]:
+    """Holds a run's place for this process: a folder by its lock, an address by its lease, brought down and back up.
+
+    It may be claimed again within, by the address or by the folder that stands for it.
+
+    Args:
+      workdir: a folder that is there, or an address, whose folder (:func:`poise.launch.workdir.workdir_path`) is there.
+      log: gets sentences for the user.
+
+    Yields:
+      Nothing.
+
+    Raises:
+      WorkdirLocked: if another launcher works there.
+      ConfigError: if an address can't be used.
+      CheckpointError: if it has no checkpoint that is whole, or what was made can't be brought up.
+
+    Example:
+      >>> import tempfile
+      >>> from poise.launch.mirror import claimed_workdir
+      >>> with tempfile.TemporaryDirectory() as workdir, claimed_workdir(workdir), claimed_workdir(workdir):
+      ...     print("held")
+      held
+    """
+    path = workdir_path(workdir)
+    with workdir_lock(path):
+        if not is_address(workdir) or path in _open:
+            yield
+            return
+        mirror = Mirror(ObjectStore(checked_address(workdir)), path, log)
+        mirror.begin()
+        _open[path] = mirror
+        try:
+            yield
+        except BaseException:
+            mirror.end(failed=True)
+            raise
+        else:
+            mirror.end()
+        finally:
+            del _open[path]

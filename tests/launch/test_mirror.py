@@ -1,0 +1,594 @@
+"""Runs in object stores: what is in the store is whole after every single write, and belongs to one launcher."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import pathlib
+import shutil
+import threading
+import time
+
+import pytest
+
+from poise.launch import lease, mirror
+from poise.launch.config import ConfigError, field
+from poise.launch.execution import ExecutionConfig
+from poise.launch.lock import WorkdirLocked
+from poise.launch.main import launch
+from poise.launch.manifest import CheckpointError
+from poise.launch.mirror import Saved, claimed_workdir, mirror_of, saved_here
+from poise.launch.object_store import ObjectStore, checked_address, is_safe
+from poise.launch.workdir import prepare_workdir, workdir_path
+from poise.launch.writers import truncate_jsonl
+
+HERE = pathlib.Path(__file__).parent
+spec = importlib.util.spec_from_file_location("local_store", HERE / "local_store.py")
+fake = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(fake)
+RUN = "gs://bucket/run"
+STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def store(tmp_path, monkeypatch):
+    """A store, and a machine whose cache folder is there."""
+    fake.use(tmp_path / "store")
+    move_to(tmp_path, monkeypatch, "one")
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 0.01)
+    return ObjectStore(RUN)
+
+
+def move_to(tmp_path, monkeypatch, machine):
+    monkeypatch.setenv("POISE_SCRATCH", str(tmp_path / machine))
+    monkeypatch.setattr(lease.socket, "gethostname", lambda: machine)
+    monkeypatch.setattr(mirror.socket, "gethostname", lambda: machine)
+
+
+def content(step):
+    return {"meta/metadata": f"about {step}", "state/d/0": f"numbers of step {step}" * 20, "state/empty": ""}
+
+
+def write_checkpoint(folder, phase, step):
+    """As orbax does: under another name, and then all at once."""
+    target = folder / "checkpoints" / phase / str(step)
+    temporary = target.with_name(f"{step}.orbax-checkpoint-tmp")
+    for name, text in content(step).items():
+        (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+        (temporary / name).write_text(text)
+    temporary.rename(target)
+    return target
+
+
+def toy_run(steps=STEPS, keep=2, after_row=lambda step: None):
+    """What the training loop does with files, without training: saved every second step, in two phases."""
+    phases = {"00_a": steps // 2, "01_b": steps}  # steps at which they end
+    prepare_workdir(RUN)
+    folder = workdir_path(RUN)
+    with claimed_workdir(RUN):
+        here = saved_here(folder)
+        for saved in here:
+            assert {path.name for path in (folder / saved.folder).rglob("*") if path.is_file()} == {
+                pathlib.PurePath(name).name for name in content(saved.step)
+            }
+        done = here[-1].step if here else 0
+        frozen = folder / "checkpoints" / "frozen" / ("ab" * 16) / "state"
+        frozen.parent.mkdir(parents=True, exist_ok=True)
+        frozen.write_text("frozen")
+        (folder / "config.json").write_text("{}")
+        rows = folder / "metrics.jsonl"
+        truncate_jsonl(rows, ["all"], ("all", done) if done else None)
+        up = mirror_of(folder)
+        for step in range(done + 1, steps + 1):
+            with rows.open("a") as file:
+                file.write(json.dumps({"phase": "all", "step": step, "loss": 1 / step}) + "\n")
+            after_row(step)
+            phase = next(name for name, end in phases.items() if step <= end)
+            if step % 2 == 0 or step in phases.values():
+                up.wait()
+                up.saved(folder / "checkpoints" / phase / str(step))
+                write_checkpoint(folder, phase, step)
+                for old in [saved for saved in saved_here(folder) if saved.phase == phase][:-keep]:
+                    shutil.rmtree(folder / old.folder)
+            up.check()
+        up.wait()
+        (folder / "report.json").write_text('{"finished": true}')
+    return done
+
+
+def objects(store):
+    return {name: store.read(name) for name in store.names() if not name.startswith(".lease/")}
+
+
+def check_invariants(store):
+    """What somebody who comes now finds: every checkpoint whole, and the rows of all steps up to it."""
+    names = store.names()
+    for saved in mirror.saved_there(names):
+        files, frozen = mirror.read_commit(saved, store.read(saved.commit))
+        for name, (size, digest) in {**files, **frozen}.items():
+            raw = store.read(name)
+            assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size, digest)
+        steps = [json.loads(line)["step"] for line in store.read("metrics.jsonl").splitlines()]
+        assert steps[: saved.step] == list(range(1, saved.step + 1))
+
+
+def test_a_run_in_a_store_is_there_whole_and_goes_on_from_any_machine(tmp_path, monkeypatch, store):
+    assert toy_run() == 0
+    check_invariants(store)
+    names = store.names()
+    assert {"config.json", "metrics.jsonl", "report.json"} <= set(names)
+    assert mirror.saved_there(names) == [Saved("00_a", 2), Saved("00_a", 3), Saved("01_b", 4), Saved("01_b", 6)]
+    before = objects(store)
+    assert toy_run() == STEPS  # the same machine
+    move_to(tmp_path, monkeypatch, "two")
+    assert toy_run() == STEPS
+    assert objects(store) == before
+    first, second = (next((tmp_path / machine / "run").iterdir()) for machine in ("one", "two"))
+    for path in (path for path in first.rglob("*") if path.is_file() and not path.name.startswith(".")):
+        assert (second / path.relative_to(first)).read_bytes() == path.read_bytes()
+    assert toy_run(steps=8) == STEPS  # longer
+    assert Saved("01_b", 8) in mirror.saved_there(store.names())
+
+
+def test_results_come_last_and_other_files_only_when_they_changed(store):
+    toy_run()
+    changes = [name.removeprefix("bucket/run/") for name in fake.LocalStore.changes]
+    assert changes.count("config.json") == 1
+    assert changes.index("report.json") > changes.index(".commits/01_b/6.json")
+    for place, name in enumerate(changes):
+        if name.startswith(".commits/0"):
+            assert "metrics.jsonl" in changes[:place]
+
+
+def assert_same(store, whole):
+    """The very objects; a checkpoint that was to go next may be left, whole."""
+    check_invariants(store)
+    now = objects(store)
+    assert {name: now.get(name) for name in whole} == whole
+    left = [saved for saved in mirror.saved_there(store.names()) if saved.commit not in whole]
+    for name in now.keys() - whole.keys():
+        assert name.startswith(tuple(f"{saved.folder}/" for saved in left)) or name in [saved.commit for saved in left]
+    assert len(left) <= 1
+
+
+@pytest.mark.parametrize("same_machine", [True, False])
+def test_killed_after_every_single_write_it_ends_the_same(tmp_path, monkeypatch, same_machine):
+    toy_run(keep=1)
+    whole = objects(ObjectStore(RUN))
+    monkeypatch.setattr(lease, "EXPIRES_SECONDS", 0.0)  # the killed one's
+    for kill in range(1000):
+        home = tmp_path / f"store_{kill}"
+        fake.use(home, gone_after=kill)
+        move_to(tmp_path, monkeypatch, f"a{kill}")
+        try:
+            toy_run(keep=1)
+            break
+        except fake.Gone:
+            pass
+        fake.use(home)
+        store = ObjectStore(RUN)
+        check_invariants(store)
+        if not same_machine:
+            move_to(tmp_path, monkeypatch, f"b{kill}")
+        toy_run(keep=1)
+        assert_same(store, whole)
+        shutil.rmtree(home)
+        for machine in ("a", "b"):
+            shutil.rmtree(tmp_path / f"{machine}{kill}", ignore_errors=True)
+    assert kill > 30
+
+
+def test_killed_twice_on_two_machines(tmp_path, monkeypatch):
+    toy_run(keep=1)
+    whole = objects(ObjectStore(RUN))
+    monkeypatch.setattr(lease, "EXPIRES_SECONDS", 0.0)
+    for kill in range(3, 30, 4):
+        home = tmp_path / f"store_{kill}"
+        for turn, machine in enumerate("aba"):  # the first one's folder is of another time when it comes again
+            move_to(tmp_path, monkeypatch, f"{machine}{kill}")
+            fake.use(home, gone_after=kill if turn < 2 else -1)
+            try:
+                toy_run(keep=1)
+            except fake.Gone:
+                check_invariants(ObjectStore(RUN))
+        assert_same(ObjectStore(RUN), whole)
+
+
+def test_a_machine_whose_run_went_on_elsewhere_takes_what_the_store_has(tmp_path, monkeypatch, store):
+    monkeypatch.setattr(lease, "EXPIRES_SECONDS", 0.0)
+    fake.use(tmp_path / "store", refuse=".commits/01_b/6")  # it trains to the end, and can't say so
+    with pytest.raises(CheckpointError, match=r"can't be brought up to gs://bucket/run: .*Permission denied"):
+        toy_run()
+    fake.use(tmp_path / "store")
+    assert saved_here(workdir_path(RUN))[-1] == Saved("01_b", 6)
+    move_to(tmp_path, monkeypatch, "two")
+    assert toy_run() == 4
+    move_to(tmp_path, monkeypatch, "one")
+    (workdir_path(RUN) / "leftover.txt").write_text("of another time")
+    assert toy_run() == STEPS
+    assert not (workdir_path(RUN) / "leftover.txt").exists()
+    assert "leftover.txt" not in store.names()
+
+
+def test_a_refused_upload_costs_nothing_that_this_machine_has(tmp_path, store):
+    fake.use(tmp_path / "store", refuse="checkpoints/01_b/4/state")
+    with pytest.raises(CheckpointError) as raised:
+        toy_run()
+    sentence = str(raised.value)
+    assert "the run can't be brought up to gs://bucket/run: gs://bucket/run/checkpoints/01_b/4/state" in sentence
+    assert f"this machine has the rest in {workdir_path(RUN)}" in sentence
+    assert "\n" not in sentence
+    check_invariants(store)
+    fake.use(tmp_path / "store")
+    assert toy_run() >= 4  # from this machine's own folder
+    check_invariants(store)
+    assert mirror.saved_there(store.names())[-1] == Saved("01_b", 6)
+
+
+def test_a_swept_cache_folder_is_filled_again(store):
+    toy_run()
+    path = workdir_path(RUN) / "checkpoints" / "01_b" / "6" / "state" / "d" / "0"
+    path.unlink()
+    assert toy_run() == STEPS
+    assert path.read_text() == content(6)["state/d/0"]
+    shutil.rmtree(workdir_path(RUN) / "checkpoints")
+    assert toy_run() == STEPS
+    check_invariants(store)
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "cut", "flipped", "commit cut", "commit of another format", "commit empty"]
+)
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, monkeypatch, capsys, store, damage):
+    toy_run()
+    whole = objects(store)
+    harm(store, Saved("01_b", 6), damage)
+    move_to(tmp_path, monkeypatch, "two")
+    assert toy_run() == 4
+    said = capsys.readouterr().err
+    assert "warning: the checkpoint gs://bucket/run/checkpoints/01_b/6 is damaged and was passed over: its " in said
+    assert objects(store) == whole
+
+
+def harm(store, saved, damage):
+    name = f"{saved.folder}/state/d/0"
+    raw = store.read(name)
+    if damage == "missing":
+        store.remove(name)
+    elif damage == "cut":
+        store.write(name, raw[:-1])
+    elif damage == "flipped":
+        store.write(name, bytes([raw[0] ^ 1]) + raw[1:])
+    elif damage == "commit cut":
+        store.write(saved.commit, store.read(saved.commit)[:-9])
+    elif damage == "commit empty":
+        store.write(saved.commit, mirror.commit_content({}, {}))
+    else:
+        store.write(saved.commit, store.read(saved.commit).replace(b'"format": 1', b'"format": 2'))
+
+
+def test_rows_of_an_abandoned_future_do_not_meet_its_checkpoint(tmp_path, monkeypatch, store):
+    """Killed right after going on from an older checkpoint: a later one that is damaged has its rows, or is gone."""
+    toy_run()
+    whole = objects(store)
+    harm(store, Saved("01_b", 6), "cut")
+    monkeypatch.setattr(lease, "EXPIRES_SECONDS", 0.0)
+    shutil.copytree(tmp_path / "store", tmp_path / "before")
+    kill = 0
+    while True:
+        shutil.rmtree(tmp_path / "store")
+        shutil.copytree(tmp_path / "before", tmp_path / "store")
+        fake.use(tmp_path / "store", gone_after=kill)
+        move_to(tmp_path, monkeypatch, f"two{kill}")
+        try:
+            toy_run()
+            break
+        except fake.Gone:
+            pass
+        fake.use(tmp_path / "store")
+        steps = [json.loads(line)["step"] for line in store.read("metrics.jsonl").splitlines()]
+        assert all(saved.step <= len(steps) for saved in mirror.saved_there(store.names()))
+        kill += 1
+    assert kill > 5
+    assert objects(store) == whole
+
+
+def test_all_checkpoints_damaged_is_told_and_nothing_is_removed(tmp_path, monkeypatch, store):
+    toy_run()
+    for saved in mirror.saved_there(store.names()):
+        harm(store, saved, "cut")
+    before = objects(store)
+    move_to(tmp_path, monkeypatch, "two")
+    with pytest.raises(CheckpointError, match=r"all 4 checkpoints in gs://bucket/run are damaged, the newest, checkp"):
+        toy_run()
+    assert objects(store) == before
+
+
+def test_a_damaged_frozen_part_does_not_condemn_a_checkpoint(tmp_path, monkeypatch, store):
+    toy_run()
+    name = next(name for name in store.names() if "/frozen/" in name)
+    store.write(name, b"other")
+    move_to(tmp_path, monkeypatch, "two")
+    prepare_workdir(RUN)
+    with claimed_workdir(RUN):
+        assert saved_here(workdir_path(RUN))[-1] == Saved("01_b", 6)
+        assert not (workdir_path(RUN) / name).exists()
+
+
+def test_a_folder_that_was_copied_there_goes_on(tmp_path, monkeypatch, store):
+    toy_run()
+    whole = objects(store)
+    plain = {name: raw for name, raw in whole.items() if not name.startswith(".")}
+    monkeypatch.setattr(lease, "EXPIRES_SECONDS", 0.0)
+    for kill in (*range(12), -1):
+        home = tmp_path / f"copied_{kill}"
+        fake.use(home)
+        for name, raw in plain.items():
+            store = ObjectStore(RUN)
+            store.write(name, raw)
+        fake.use(home, gone_after=kill)
+        move_to(tmp_path, monkeypatch, f"a{kill}")
+        try:
+            assert toy_run() == STEPS
+        except fake.Gone:
+            fake.use(home)
+            move_to(tmp_path, monkeypatch, f"b{kill}")
+            assert toy_run() == STEPS
+        assert objects(store) == whole
+
+
+HOSTILE = [
+    "../escaped",
+    "/tmp/escaped",
+    "C:/escaped",
+    ".lock",
+    "config.json",
+    "checkpoints\\..\\escaped",
+    "checkpoints/01_b/6/../../../../escaped",
+    "checkpoints/01_b/6",
+    "checkpoints/01_b/6/",
+    "checkpoints/01_b/6//x",
+    "checkpoints/01_b/6/a\n",
+    "checkpoints/01_b/66/x",
+]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_list_of_files_cannot_lead_out_of_its_checkpoint(store, name, part):
+    parts = [{"checkpoints/01_b/6/x": (1, "0" * 64)}, {}]
+    parts[part] = {**parts[part], name: (3, hashlib.sha256(b"bad").hexdigest())}
+    with pytest.raises(mirror.BadCommit, match="which is none of its own"):
+        mirror.read_commit(Saved("01_b", 6), mirror.commit_content(*parts))
+
+
+@pytest.mark.parametrize("raw", [b"", b"[]", b"\xff", b"null", b'{"sha256": 1}', b"[" * 100_000, b'{"format": 1}'])
+def test_a_list_of_files_that_is_none_is_damage(raw):
+    with pytest.raises(mirror.BadCommit, match="damaged"):
+        mirror.read_commit(Saved("01_b", 6), raw)
+
+
+def test_objects_with_hostile_names_stay_where_they_are(tmp_path, monkeypatch, store):
+    toy_run()
+    for name in ("../../escaped", "a/../../../escaped", "a\\b", "x//y", ".owner", ".lock"):
+        fake.LocalStore().pipe_file(f"gs://bucket/run/{name}", b"bad")
+    hostile = mirror.commit_content({"checkpoints/01_b/6/../../../../escaped": (3, "0" * 64)}, {})
+    store.write(Saved("01_b", 6).commit, hostile)
+    move_to(tmp_path, monkeypatch, "two")
+    assert toy_run() == 4
+    assert not list(tmp_path.rglob("escaped"))
+    assert b"bad" not in {path.read_bytes() for path in workdir_path(RUN).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(("name", "safe"), [("a/b.c", True), ("", False), ("a/", False), (".", False), ("a/./b", False),
+                                            ("x" * 300, False), ("a\0", False), ("é", True)])  # fmt: skip
+def test_names_that_are_files(name, safe):
+    assert is_safe(name) is safe
+
+
+# One launcher
+
+
+def test_a_second_launcher_is_refused_once_the_first_shows_that_it_lives(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.05)
+    prepare_workdir(RUN)
+    with claimed_workdir(RUN):
+        with claimed_workdir(RUN), claimed_workdir(workdir_path(RUN)):
+            pass
+        move_to(tmp_path, monkeypatch, "two")
+        prepare_workdir(RUN)
+        sentence = r"another launcher \(process \d+ on one\) works in gs://bucket/run"
+        with pytest.raises(WorkdirLocked, match=sentence), claimed_workdir(RUN):
+            pass
+        assert "gs://bucket/run was held by process" in capsys.readouterr().err
+        move_to(tmp_path, monkeypatch, "one")
+    move_to(tmp_path, monkeypatch, "two")
+    with claimed_workdir(RUN):  # the first has left: at once
+        pass
+
+
+class Time:
+    """A clock that only sleeping moves."""
+
+    def __init__(self):
+        self.now, self.slept = 0.0, []
+
+    def clock(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.slept.append(seconds)
+
+
+def silent(store, owner, said):
+    """A lease whose holder gives no sign, as after SIGKILL."""
+    own = lease.Lease(store, owner, said.append)
+    own.take()
+    own._ended.set()
+    own._thread.join()
+    return own
+
+
+def test_a_silent_holder_is_waited_for_and_then_replaced(store, monkeypatch):
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 2.0)
+    said, clock = [], Time()
+    first = silent(store, "first", said)
+    second = lease.Lease(store, "second", said.append, clock.clock, clock.sleep)
+    assert second.take() == 0
+    assert lease.EXPIRES_SECONDS - 1 <= clock.now <= lease.EXPIRES_SECONDS
+    assert len(said) == 1
+    with pytest.raises(lease.LeaseLost, match=r"gs://bucket/run was taken over by another launcher \(process"):
+        first.check()
+    second.check()
+    second.end()
+    third = lease.Lease(store, "third", said.append, clock.clock, clock.sleep)
+    before = clock.now
+    assert third.take() == 0  # nobody to wait for
+    assert clock.now == before
+    third.end()
+
+
+def test_the_time_that_the_holder_was_silent_before_counts(store, monkeypatch):
+    clock = Time()
+    silent(store, "first", [])
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 2.0)
+    monkeypatch.setattr(lease.Lease, "_age", lambda self, number: 100.0)
+    second = lease.Lease(store, "second", lambda _: None, clock.clock, clock.sleep)
+    second.take()
+    assert clock.now == pytest.approx(lease.EXPIRES_SECONDS - 100.0)
+    second.end()
+
+
+def test_age_comes_from_the_store_s_clock(store):
+    own = silent(store, "first", [])
+    path = fake.LocalStore()._file("gs://bucket/run/.lease/00000001.json")
+    written = time.time() - 50
+    fake.os.utime(path, (written, written))
+    assert own._age(1) == pytest.approx(50, abs=1)
+    assert set(store.names(".lease")) == {".lease/00000001.json"}
+
+
+def test_the_same_folder_s_owner_need_not_wait(store):
+    clock = Time()
+    first = silent(store, "same", [])
+    again = lease.Lease(store, "same", lambda _: None, clock.clock, clock.sleep)
+    assert again.take() == first.number == 1
+    assert clock.now == 0
+    again.end()
+
+
+def test_of_two_that_replace_a_silent_holder_one_wins(store):
+    clock, said, won = Time(), [], []
+    silent(store, "first", said)
+    both = [lease.Lease(store, name, said.append, Time().clock, Time().sleep) for name in ("second", "third")]
+    barrier = threading.Barrier(2)
+    for own in both:
+        own._sleep = lambda seconds: None
+        own._clock = iter([0.0, 1000.0, *[float(second) for second in range(1001, 1010)]]).__next__
+
+    def take(own):
+        barrier.wait()
+        try:
+            own.take()
+            won.append(own)
+        except (WorkdirLocked, StopIteration):
+            pass
+
+    threads = [threading.Thread(target=take, args=(own,)) for own in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert clock.now == 0
+    holders = []
+    for own in won:
+        try:
+            own.check()
+            holders.append(own)
+        except lease.LeaseLost:
+            pass
+        own.end()
+    assert len(holders) == 1
+
+
+def test_a_garbled_lease_counts_as_somebody_s(store, monkeypatch):
+    monkeypatch.setattr(lease, "WATCH_SECONDS", 2.0)
+    clock = Time()
+    store.write(".lease/00000007.json", b"\xff[")
+    own = lease.Lease(store, "own", lambda _: None, clock.clock, clock.sleep)
+    own.take()
+    assert own.number == 8
+    assert clock.now > lease.EXPIRES_SECONDS - 1
+    own.end()
+
+
+def test_a_run_that_lost_its_address_writes_nothing_more(tmp_path, monkeypatch, store):
+    def takeover(step):
+        if step == 5:
+            mirror_of(workdir_path(RUN)).wait()
+            store.write(".lease/00000002.json", json.dumps({"owner": "x", "host": "two", "pid": 7}).encode())
+            seen.update(objects(store))
+
+    seen = {}
+    with pytest.raises(CheckpointError, match=r"was taken over by another launcher \(process 7 on two\)"):
+        toy_run(after_row=takeover)
+    later = objects(store)
+    assert Saved("01_b", 6) not in mirror.saved_there(later)
+    assert later["metrics.jsonl"] == seen["metrics.jsonl"]
+    assert store.read(".lease/00000002.json")
+
+
+# Through the frame of every launcher
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(ExecutionConfig):
+    workdir: str = field("", "the run's folder", role="execution")
+    batch_size: int = field(4, "examples", minimum=1)
+
+    def __post_init__(self):
+        pass
+
+
+def start(*flags, run=lambda config, workdir: (workdir / "report.json").write_text("{}")):
+    return launch(Config, {}, [f"--workdir={RUN}", *flags], run, prog="poise.launch.toy", description="")
+
+
+def test_launchers_take_addresses(tmp_path, monkeypatch, capsys, store):
+    assert start() == 0
+    assert json.loads(store.read("config.json"))["batch_size"] == 4
+    assert store.read("report.json") == b"{}"
+    move_to(tmp_path, monkeypatch, "two")
+    before = objects(store)
+    assert start("--batch_size=8") == 2
+    assert "batch_size was 4 and is now 8" in capsys.readouterr().err
+    assert objects(store) == before
+
+
+def test_launchers_say_in_one_sentence_what_a_store_refuses(tmp_path, capsys):
+    fake.use(tmp_path / "store", refuse="bucket")
+    assert start() == 2
+    said = capsys.readouterr().err
+    assert "poise.launch.toy: the workdir cannot be used: gs://bucket/run/.lease/00000001.json: PermissionError" in said
+    assert "Traceback" not in said
+    fake.use(tmp_path / "store", refuse="report")
+    assert start() == 1
+    assert "the run can't be brought up to gs://bucket/run: gs://bucket/run/report.json" in capsys.readouterr().err
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch):
+    import fsspec
+
+    def missing(*arguments, **options):
+        raise ImportError("no gcsfs")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(ConfigError, match=r"gs://bucket/run needs gcsfs: pip install 'poise\[gcs\]'"):
+        ObjectStore(checked_address(RUN))
+
+
+def test_waiting_for_more_than_a_second_is_told(tmp_path, capsys):
+    fake.use(tmp_path / "store", slow=0.25)
+    toy_run(steps=2)
+    assert "bringing the checkpoint up to gs://bucket/run ..." in capsys.readouterr().err
