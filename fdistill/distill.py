@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PRNGKeyArray, PyTree
 
-from poise.core import Algorithm, Batch, Metrics, sum_over
+from poise.core import Algorithm, Batch, Metrics, Microbatched, sum_over
 from poise.fdistill.critics import critic_updates
 from poise.fdistill.distill_config import FDistillConfig
 from poise.fdistill.distill_state import FDistillState, Optimizers
@@ -16,14 +16,14 @@ from poise.fdistill.student import student_update
 
 
 def f_distill(
-    net: nn.Module,
+    net: nn.Module | Microbatched,
     head: nn.Module,
     config: FDistillConfig,
     optimizers: Optimizers,
     *,
     teacher: PyTree | None = None,
     start: FDistillState | None = None,
-    student_net: nn.Module | None = None,
+    student_net: nn.Module | Microbatched | None = None,
     feature_levels: tuple[int, ...] = (-1,),
     update_student: bool = True,
     distance: Distance | None = None,
@@ -54,7 +54,7 @@ def f_distill(
       net: the denoiser of teacher, student and fake score; with ``feature_levels=...`` it must return
         ``(D, features)`` and with ``features_only=True`` the features, as :class:`poise.nets.EDMPrecond` does, unless
         the head has features of its own. Its ``label_dim`` says how many classes there are; the student's labels are
-        uniform over them.
+        uniform over them. A :class:`poise.core.Microbatched` one takes its batches part by part.
       head: gives logits ``[B, K]`` from ``(features, sigma, labels)``, one for each of ``feature_levels`` or as many as
         it likes; their mean over K is the log ratio. With ``head_features="own"`` the features are the noised images.
       config: the settings.

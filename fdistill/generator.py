@@ -6,12 +6,13 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from poise.core import Microbatched
 from poise.fdistill.edm import karras_sigmas
 from poise.fdistill.sampler import heun_sampler
 
 
 def one_step(
-    net: nn.Module,
+    net: nn.Module | Microbatched,
     variables: Any,
     latents: Float[Array, "batch *event"],
     labels: Array | None = None,
@@ -49,7 +50,7 @@ def one_step(
 
 
 def many_steps(
-    net: nn.Module,
+    net: nn.Module | Microbatched,
     variables: Any,
     latents: Float[Array, "batch *event"],
     labels: Array | None = None,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from poise.core import Algorithm, Batch, Metrics, fold_in_examples, mean_over, sum_over
+from poise.core import Algorithm, Batch, Metrics, Microbatched, fold_in_examples, mean_over, sum_over
 from poise.fdistill.edm import edm_loss, sample_sigma
 from poise.fdistill.ema import ema_decay, update_ema
 
@@ -51,7 +51,7 @@ def teacher_variables(state: TeacherState) -> dict[str, Any]:
 
 
 def edm_teacher(
-    net: nn.Module,
+    net: nn.Module | Microbatched,
     optimizer: optax.GradientTransformation,
     *,
     sigma_data: float = 0.5,

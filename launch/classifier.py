@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from poise.core import Algorithm, mean_over
+from poise.core import Algorithm, in_microbatches, mean_over
 from poise.launch.classifier_config import ClassifierConfig
 from poise.launch.data import DataError, Shuffled
 from poise.launch.files import atomic_path
@@ -121,7 +121,10 @@ def cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def classifier(
-    model: VisionTransformer, optimizer: optax.GradientTransformation, axis_name: str | None = None
+    model: VisionTransformer,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None = None,
+    num_microbatches: int = 1,
 ) -> Algorithm:
     """Training of both heads by the labels of ``{"image", "label"}``.
 
@@ -129,10 +132,12 @@ def classifier(
       model: the network.
       optimizer: of its variables.
       axis_name: of the devices that share a batch under pmap.
+      num_microbatches: parts of a batch that are computed one after the other.
 
     Returns:
       The algorithm; its metrics are ``loss``, in nats, ``accuracy`` and ``grad_norm``.
     """
+    forward = in_microbatches(model.apply, num_microbatches)
 
     def init(key: Array, batch: dict[str, Array]) -> ClassifierState:
         variables = model.init(key, batch["image"][:1])
@@ -142,7 +147,7 @@ def classifier(
         del key  # nothing is drawn
 
         def loss_fn(variables: PyTree) -> tuple[Array, Array]:
-            head, distilled = cast(tuple[Array, Array], model.apply(variables, batch["image"], train=True))
+            head, distilled = cast(tuple[Array, Array], forward(variables, batch["image"], train=True))
             right = (head + distilled).argmax(-1) == batch["label"]
             return (cross_entropy(head, batch["label"]) + cross_entropy(distilled, batch["label"])) / 2, right.mean()
 
@@ -163,7 +168,7 @@ def float_phase(config: ClassifierConfig, images: Images) -> Phase:
 
     def make_algorithm(previous: Any, axis_name: str | None = None) -> Algorithm:
         del previous
-        return classifier(model, optimizer, axis_name)
+        return classifier(model, optimizer, axis_name, config.microbatches)
 
     def evaluate(state: ClassifierState, key: Array) -> dict[str, float]:
         del key

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from poise.launch.config import ConfigError, field, validate
-from poise.launch.execution import ExecutionConfig
+from poise.launch.execution import BatchConfig
 
 NETWORK = ("data", "image_size", "patch_size", "width", "num_heads", "num_layers", "mlp_ratio")
 
@@ -18,7 +18,7 @@ SMOKE: dict[str, Any] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ClassifierConfig(ExecutionConfig):
+class ClassifierConfig(BatchConfig):
     """The settings of a classifier; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")

@@ -253,15 +253,19 @@ def check_devices(config: Any, *batch_sizes: str) -> None:
     """Makes sure, before a run begins, that the devices fit a launcher's flags and can share its batches.
 
     Args:
-      config: a launcher's configuration, with fields ``parallel``, ``mesh`` and ``sharding`` or without.
+      config: a launcher's configuration, with fields ``parallel``, ``mesh``, ``sharding`` and
+        ``microbatches`` or without.
       *batch_sizes: names of its fields that count the examples of a batch.
 
     Raises:
       ConfigError: naming the flag.
     """
     flags = {name: getattr(config, name) for name in ("parallel", "mesh", "sharding") if hasattr(config, name)}
-    shards = Placement(**flags).batch_shards
+    shards, parts = Placement(**flags).batch_shards, getattr(config, "microbatches", 1)
     for name in batch_sizes:
         size = getattr(config, name)
-        if size % shards:
-            raise ConfigError(f"{name} must be a multiple of {shards}, the devices that share a batch, got {size}")
+        if size % (shards * parts):
+            sharing = f"microbatches={parts} times {shards}, " if parts > 1 else ""
+            raise ConfigError(
+                f"{name} must be a multiple of {shards * parts}, {sharing}the devices that share a batch, got {size}"
+            )

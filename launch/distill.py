@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.distill_recipes import RECIPES
-from poise.launch.execution import ExecutionConfig
+from poise.launch.execution import BatchConfig
 from poise.launch.main import launch
+from poise.launch.object_store import settled
 
 DIVERGENCES = (
     "reverse_kl", "softened_reverse_kl", "jensen_shannon", "squared_hellinger", "forward_kl", "jeffreys",
@@ -31,7 +32,7 @@ ARCHITECTURES = ("ddpmpp", "ncsnpp", "adm")
 
 
 @dataclasses.dataclass(frozen=True)
-class DistillConfig(ExecutionConfig):
+class DistillConfig(BatchConfig):
     """The settings of a distillation run; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -107,7 +108,7 @@ class DistillConfig(ExecutionConfig):
         if kind == "folder" and place:  # as a run's other places, wherever it is resumed or looked at from
             object.__setattr__(self, "data", f"folder:{pathlib.Path(place).expanduser().absolute()}")
         if self.teacher:
-            object.__setattr__(self, "teacher", str(pathlib.Path(self.teacher).expanduser().absolute()))
+            object.__setattr__(self, "teacher", settled(self.teacher, absolute=True))
         if (kind, bool(place)) not in (("digits", False), ("mixture2d", False), ("tfds", True), ("folder", True)):
             raise ConfigError(f"data must be digits, mixture2d, tfds:NAME or folder:PATH, got {self.data!r}")
         if kind == "mixture2d" and self.teacher:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import optax
 
+from poise.core import Microbatched
 from poise.fdistill import (
     PRESETS,
     FDistillConfig,
@@ -74,7 +75,7 @@ def distill_phases(
     Returns:
       The phases, in order. Without one that trains a teacher, the first receives a teacher's variables.
     """
-    net = build_network(network, config.remat)
+    net = Microbatched(build_network(network, config.remat), config.microbatches)
     batches = functools.partial(_batches, images, judge.scale, config.seed)
     settings = settings_of(config, network.sigma_data)
     distillation = functools.partial(

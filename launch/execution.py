@@ -56,3 +56,15 @@ class ExecutionConfig(CheckpointConfig):
     def for_fit(self) -> dict[str, Any]:
         """Likewise, with mesh and rules."""
         return super().for_fit() | {name: getattr(self, name) for name in ("parallel", "mesh", "sharding")}
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig(ExecutionConfig):
+    """And how many examples of a batch are in memory at once."""
+
+    microbatches: int = field(
+        1,
+        "parts of a batch that the networks take one after the other: less memory, a third more arithmetic",
+        role="execution",
+        minimum=1,
+    )

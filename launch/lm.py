@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.launch.config import ConfigError, field, parse_names, validate
-from poise.launch.execution import ExecutionConfig
+from poise.launch.execution import BatchConfig
 from poise.launch.main import launch
 
 VARIANTS = ("softmax", "softmax_scaled", "lssa", "lssar_p3", "lssar_p15")
@@ -34,7 +34,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class LanguageModelConfig(ExecutionConfig):
+class LanguageModelConfig(BatchConfig):
     """The settings of a language-model run; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from poise.attention import dot_product_attention, softplus_attention
-from poise.core import Algorithm, mean_over
+from poise.core import Algorithm, in_microbatches, mean_over
 from poise.launch.data import DataError, Shuffled
 from poise.launch.phase import Phase
 from poise.nets import Transformer
@@ -44,7 +44,10 @@ class LanguageModelState(NamedTuple):
 
 
 def language_model(
-    model: Transformer, optimizer: optax.GradientTransformation, axis_name: str | None = None
+    model: Transformer,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None = None,
+    num_microbatches: int = 1,
 ) -> Algorithm:
     """Training by the cross-entropy of every next token of ``{"tokens": [batch, length + 1]}``.
 
@@ -52,10 +55,12 @@ def language_model(
       model: the network.
       optimizer: of its parameters.
       axis_name: of the devices that share a batch under pmap.
+      num_microbatches: parts of a batch that are computed one after the other.
 
     Returns:
       The algorithm; its metrics are ``loss``, in nats per token, and ``grad_norm``.
     """
+    losses = in_microbatches(functools.partial(token_losses, model), num_microbatches)
 
     def init(key: Array, batch: dict[str, Array]) -> LanguageModelState:
         params = model.init(key, batch["tokens"][:1, :-1])["params"]
@@ -67,7 +72,7 @@ def language_model(
         del key  # nothing is drawn
 
         def loss_fn(params: PyTree) -> Array:
-            return token_losses(model, params, batch["tokens"]).mean()
+            return losses(params, batch["tokens"]).mean()
 
         loss, grads = mean_over(axis_name, jax.value_and_grad(loss_fn)(state.params))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
@@ -199,7 +204,7 @@ def language_model_phases(
 
         def make_algorithm(previous: Any, axis_name: str | None = None) -> Algorithm:
             del previous  # no kind of attention knows of another
-            return language_model(model, optimizer, axis_name)
+            return language_model(model, optimizer, axis_name, config.microbatches)
 
         return Phase(
             variant,

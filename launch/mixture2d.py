@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from poise.core import Microbatched
 from poise.fdistill import (
     FDistillConfig,
     GaussianMixture,
@@ -60,7 +61,7 @@ def run_mixture2d(config: "DistillConfig", workdir: pathlib.Path) -> None:
     """
     mixture = teacher_mixture()
     points = np.asarray(mixture.sample(jax.random.key(config.seed), _EXAMPLES, 0.0), np.float32)
-    net = EDMPrecond(MLP((64, 64)))
+    net = Microbatched(EDMPrecond(MLP((64, 64))), config.microbatches)
     start = net.init(jax.random.fold_in(jax.random.key(config.seed), 1), jnp.zeros((1, 2)), jnp.ones((1,)))
     result = fit(
         _phases(config, net, mixture, points),
@@ -87,7 +88,7 @@ def _phases(config: "DistillConfig", net: Any, mixture: GaussianMixture, points:
             fake=optax.adam(config.fake_learning_rate),
             head=optax.adam(config.head_learning_rate, b1=0.5),
         ),
-        student_net=_STUDENT,
+        student_net=Microbatched(_STUDENT, config.microbatches),
         oracles=Oracles(teacher=lambda x, sigma, labels: mixture.denoise(x, sigma)),
     )
     warmup = Phase(

@@ -11,7 +11,7 @@ import optax
 from flax import traverse_util
 from jaxtyping import Array, PyTree
 
-from poise.core import Algorithm, mean_over
+from poise.core import Algorithm, in_microbatches, mean_over, sum_over
 from poise.launch.classifier import (
     ClassifierState,
     Images,
@@ -203,13 +203,14 @@ def quantized_training(
       The algorithm; its metrics are ``loss``, ``label_loss``, ``teacher_loss``, ``accuracy``, ``grad_norm``, and those
       of :func:`watch`.
     """
+    forward = in_microbatches(quantized.forward, config.microbatches)
 
     def step(state: QuantizedState, batch: dict[str, Array], key: Array) -> tuple[QuantizedState, dict[str, Array]]:
         del key  # nothing is drawn
         soft = jax.nn.softmax(cast(Array, teacher.apply(state.frozen["teacher"], batch["image"])))
 
         def loss_fn(learned: dict[str, PyTree]) -> tuple[Array, dict[str, Array]]:
-            head, distilled = quantized.forward(learned, batch["image"], train=True)
+            head, distilled = forward(learned, batch["image"], train=True)
             label_loss = cross_entropy(head, batch["label"])
             teacher_loss = optax.softmax_cross_entropy(distilled, soft).mean()
             right = ((head + distilled).argmax(-1) == batch["label"]).mean()
@@ -217,8 +218,7 @@ def quantized_training(
             return label_loss + config.distill_weight * teacher_loss, metrics
 
         (loss, metrics), grads = mean_over(axis_name, jax.value_and_grad(loss_fn, has_aux=True)(state.learned))
-        if axis_name is not None:
-            grads = as_of_whole_batch(grads, axis_name)
+        grads = as_of_whole_batch(grads, config.microbatches * sum_over(axis_name, 1))
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.learned)
         learned: Any = optax.apply_updates(state.learned, updates)
         oscillation, moves = watch(state.oscillation, quantized.codes(learned))
@@ -228,14 +228,18 @@ def quantized_training(
     return Algorithm(init, step)
 
 
-def as_of_whole_batch(grads: dict[str, PyTree], axis_name: str) -> dict[str, PyTree]:
-    r"""Gradients of activation steps as one device has them: LSQ scales them by $1/\sqrt N$ for the $N$ entries it saw.
+def as_of_whole_batch(grads: dict[str, PyTree], num_parts: int) -> dict[str, PyTree]:
+    r"""Gradients of activation steps as a whole batch has them.
+
+    LSQ scales them by $1/\sqrt N$ for the $N$ entries that it saw.
 
     Args:
       grads: of what is learned, averaged over devices.
-      axis_name: of the devices that share a batch.
+      num_parts: that a batch came in, of devices and microbatches.
     """
-    share = jax.lax.psum(1, axis_name) ** -0.5
+    if num_parts == 1:
+        return grads
+    share = num_parts**-0.5
 
     def scaled(path: Any, grad: Array) -> Array:
         return grad * share if path[-1].key == "step" else grad

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from poise.core import step_key
+from poise.core import Microbatched, step_key
 from poise.fdistill import (
     FDistillConfig,
     Optimizers,
@@ -83,8 +83,8 @@ def teacher():
     return jax.tree.unflatten(treedef, noisy)
 
 
-def make(config=BASE, optimizers=OPTIMIZERS, **kwargs):
-    return f_distill(NET, HEAD, config, optimizers, teacher=teacher(), **kwargs)
+def make(config=BASE, optimizers=OPTIMIZERS, net=NET, **kwargs):
+    return f_distill(net, HEAD, config, optimizers, teacher=teacher(), **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +251,18 @@ def test_eight_devices_give_the_numbers_of_one(changes, started, quick_jit):
     assert_close(expected, step(replicated, sharded, jax.device_put(key, everywhere)))
     shard = jax.shard_map(mapped.step, mesh=MESH, in_specs=(P(), P(None, "data"), P()), out_specs=(P(), P()))
     assert_close(expected, quick_jit(shard)(replicated, sharded, key))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"r1_weight": 1.0}, {**JOINT, "gan_own_noise": True}], ids=["default", "dmd2"])
+def test_microbatches_give_the_numbers_of_the_whole(changes, started, quick_jit):
+    """Also of what is normalized over the batch: weights, bins and the matching gradient."""
+    config = dataclasses.replace(BASE, **changes)
+    optimizers, state = with_sgd(started[0], config.train_features)
+    batch, key = make_batch(12, config.fake_updates, 4), jax.random.key(8)
+    expected = quick_jit(make(config, optimizers).step)(state, batch, key)
+    parts = quick_jit(make(config, optimizers, net=Microbatched(NET, 3)).step)
+    assert_close(expected, parts(state, batch, key))
 
 
 @pytest.mark.slow

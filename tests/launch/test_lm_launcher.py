@@ -15,7 +15,7 @@ from poise.launch.data import DataError
 from poise.nets import Transformer
 
 TINY = (
-    "--recipe=smoke", "--steps=3", "--width=8", "--eval_tokens=128", "--sample_tokens=6", "--batch_size=8", "--seed=4",
+    "--recipe=smoke", "--steps=3", "--width=8", "--eval_tokens=128", "--sample_tokens=6", "--batch_size=16", "--seed=4",
 )  # fmt: skip
 
 
@@ -83,9 +83,10 @@ def _count(writes):
     return evaluate
 
 
-def test_eight_devices_under_pmap_give_what_one_gives(finished, tmp_path):
+@pytest.mark.parametrize("parts", [["--parallel=pmap"], ["--microbatches=2"]], ids=["pmap", "microbatches"])
+def test_parts_of_a_batch_give_what_the_whole_gives(finished, tmp_path, parts):
     flags = [*TINY, "--variants=softmax", "--sample_tokens=0"]
-    assert lm.main([f"--workdir={tmp_path}", *flags, "--parallel=pmap"]) == 0
+    assert lm.main([f"--workdir={tmp_path}", *flags, *parts]) == 0
     for name in ("loss_1x", "loss_4x"):
         one, eight = (
             json.loads((d / "report.json").read_text())["losses"]["softmax"][name] for d in (finished, tmp_path)

@@ -112,8 +112,9 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, phase, tmp_path):
 
 
 @pytest.mark.slow
-def test_eight_devices_under_pmap_give_what_one_gives(finished, tmp_path):
-    assert qat.main([f"--workdir={tmp_path}/run", *TINY, "--parallel=pmap"]) == 0
+@pytest.mark.parametrize("flags", [["--parallel=pmap"], ["--microbatches=2"]], ids=["pmap", "microbatches"])
+def test_parts_of_a_batch_give_what_the_whole_gives(finished, tmp_path, flags):
+    assert qat.main([f"--workdir={tmp_path}/run", *TINY, *flags]) == 0
     rows = list(zip(tiny.rows(finished[0]), tiny.rows(tmp_path / "run"), strict=True))
     for one, eight in rows[:4]:
         for name in ("loss", "grad_norm"):
