@@ -90,12 +90,35 @@ class Placement:
         axes = tuple(self._batch_axes) if len(self._batch_axes) > 1 else self._batch_axes[0]
         return NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, axes))
 
-    def leaf_shardings(self, layout: Layout) -> tuple[tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:
+    def splits_seeds(self, num_seeds: int) -> bool:
+        """Whether the devices that share a batch can share so many seeds; rules for leaves come first."""
+        return num_seeds > 0 and num_seeds % self.batch_shards == 0 and not self.specs.has_rules
+
+    def notice_of_seeds(self, num_seeds: int) -> str:
+        """What is said of seeds that the devices can't share; nothing where they can, or rules say how leaves lie."""
+        if num_seeds % self.batch_shards == 0 or self.specs.has_rules:
+            return ""
+        return (
+            f"{num_seeds} seeds can't be shared evenly by {self.batch_shards} devices: each trains all of them; "
+            f"a multiple of {self.batch_shards} would be split"
+        )
+
+    def leaf_shardings(
+        self, layout: Layout, num_seeds: int = 0
+    ) -> tuple[tuple[NamedSharding, ...], tuple[NamedSharding, ...]]:
         """How the live and the frozen leaves of a state lie.
+
+        Args:
+          layout: of the state.
+          num_seeds: the size of every leaf's first axis, if that counts seeds: these are split as a batch is, where the
+            devices can share them.
 
         Raises:
           ConfigError: if the rules don't fit a leaf.
         """
+        if self.splits_seeds(num_seeds):
+            seeds = self.batch_sharding(0)
+            return (seeds,) * len(layout.live_names), (seeds,) * len(layout.frozen_names)
 
         def of(names: Sequence[str], leaves: Sequence[Any]) -> tuple[NamedSharding, ...]:
             specs = (self.specs.spec(name, leaf, is_key(leaf)) for name, leaf in zip(names, leaves, strict=True))

@@ -74,8 +74,8 @@ def digests(leaves: Sequence[Array]) -> list[str]:
       >>> digests([jnp.zeros(3), jnp.zeros(3, bool)]) == digests([jnp.zeros(3), jnp.zeros(3, bool)])
       True
     """
-    together = all(leaf.is_fully_addressable for leaf in leaves)
-    at_once, sums = max(len(leaves), 1) if together else _AT_ONCE, []
+    alone = all(leaf.is_fully_addressable and leaf.is_fully_replicated for leaf in leaves)
+    at_once, sums = max(len(leaves), 1) if alone else _AT_ONCE, []
     for first in range(0, len(leaves), at_once):
         sums += jax.device_get([_replicated(leaf) for leaf in leaves[first : first + at_once]])
     return ["".join(f"{int(word):08x}" for word in pair) for pair in sums]

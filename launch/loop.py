@@ -31,7 +31,7 @@ from poise.launch.devices import Placement
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
-from poise.launch.mirror import claimed_workdir
+from poise.launch.lock import workdir_lock
 from poise.launch.phase import Phase, Program
 from poise.launch.progress import Console, duration
 from poise.launch.sharding import Rules
@@ -95,7 +95,7 @@ def fit(
 
     Args:
       phases: in order; only the last one may be made longer for a run that has come past the others.
-      workdir: the run's folder, or an address such as ``gs://bucket/run``; one run, one folder.
+      workdir: the run's folder; one run, one folder.
       seed: of parameters and noise, at least 0. (Data sources have seeds of their own.)
       start: what the first phase's ``make_algorithm`` receives, such as a network trained elsewhere; the same whenever
         the run goes on.
@@ -142,7 +142,7 @@ def fit(
     """
     _check(phases, seed, save_every, save_every_seconds)
     path = workdir_path(workdir)
-    only_main(lambda: prepare_workdir(workdir))
+    only_main(lambda: prepare_workdir(path))
     placement = Placement(devices, parallel, mesh, sharding)
     sinks: list[Writer] = []
     timing = TimingLog(path / "timing.jsonl" if is_main() else None)
@@ -157,7 +157,7 @@ def fit(
         path / "checkpoints", [(phase.name, phase.num_steps) for phase in phases], seed, keep, console.line
     )
     with contextlib.ExitStack() as stack:
-        only_main(lambda: stack.enter_context(claimed_workdir(workdir, console.line)))
+        only_main(lambda: stack.enter_context(workdir_lock(path)))
         stop = stack.enter_context(stop_on_signals())
         run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
@@ -239,6 +239,8 @@ class _Run:
         for phase in self.phases:
             programs.append(Program(phase, programs[-1].layout if programs else before, self.placement))
         self.placement.specs.check_all_used()
+        for notice in dict.fromkeys(program.notice for program in programs if program.notice):
+            self.console.line(notice)
         layouts, shardings = [program.layout for program in programs], [program.shardings for program in programs]
 
         def make_frozen(index: int, previous: Restored | None) -> Sequence[Any]:
@@ -362,6 +364,7 @@ class _Run:
     def fetch(self, program: Program, pending: _Pending) -> dict[str, Any]:
         """A step's metrics, after making sure that everything in them and in the state is finite."""
         metrics, finite = jax.device_get((pending.metrics, pending.finite))
+        finite = np.atleast_2d(finite).all(axis=0)  # over seeds
         name = program.phase.name
         if not finite.all():
             bad = [leaf for leaf, fine in zip(program.finite_names, finite, strict=True) if not fine]

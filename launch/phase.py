@@ -35,6 +35,8 @@ class Phase(NamedTuple):
         the state, whose buffers the next step takes over. A figure that doesn't apply is None.
       evaluate_every: evaluates after steps that are multiples of it; 0: once, at the phase's end.
       render: ``(state, key) -> pictures by name``, at the same steps; for writers that take pictures.
+      num_seeds: of a state of several seeds, see :func:`poise.rl.over_seeds`: how many the first axis of all its leaves
+        and of all metrics counts. They are split over the devices, where these can share them evenly.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Phase(NamedTuple):
     evaluate: Callable[[State, PRNGKeyArray], Mapping[str, Any]] | None = None
     evaluate_every: int = 0
     render: Callable[[State, PRNGKeyArray], Mapping[str, np.ndarray]] | None = None
+    num_seeds: int = 0
 
 
 def _own(leaf: Array) -> Array:
@@ -51,6 +54,16 @@ def _own(leaf: Array) -> Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return from_data(jnp.array(to_data(leaf), copy=True), leaf.dtype)
     return jnp.array(leaf, dtype=leaf.dtype, copy=True)
+
+
+def _check_seeds(phase: Phase, layout: Layout) -> None:
+    names = (*layout.live_names, *layout.frozen_names)
+    for name, leaf in zip(names, (*layout.abstract_live, *layout.abstract_frozen), strict=True):
+        if phase.num_seeds and leaf.shape[:1] != (phase.num_seeds,):
+            raise ValueError(
+                f"phase {phase.name!r}: every leaf of a state of {phase.num_seeds} seeds must have them along its "
+                f"first axis, but {name} has shape {leaf.shape}"
+            )
 
 
 def _is_inexact(leaf: Any) -> bool:
@@ -65,11 +78,16 @@ class Program:
       previous: the layout of the state of the phase before; None for the first.
       placement: where arrays lie.
 
+    Attributes:
+      layout: of its state.
+      shardings: of its live and of its frozen leaves.
+      notice: what is to be said before it starts, or nothing.
+
     Raises:
       DeviceError: if the devices can't share its batches.
       ConfigError: if the rules for the layout of its state don't fit.
       TypeError: if a step changes the structure, a shape or a type of the state.
-      ValueError: if metrics are not named scalars (or one number a seed).
+      ValueError: if metrics are not named scalars (or one number a seed), or a leaf has no axis of the phase's seeds.
     """
 
     def __init__(self, phase: Phase, previous: Layout | None, placement: Placement):
@@ -87,8 +105,11 @@ class Program:
 
         key = jax.eval_shape(lambda: jax.random.key(0))
         self.layout = Layout(jax.eval_shape(init, abstract, key, batch))
-        self.shardings = placement.leaf_shardings(self.layout)
+        _check_seeds(phase, self.layout)
+        self._seeds_apart = placement.splits_seeds(phase.num_seeds)
+        self.shardings = placement.leaf_shardings(self.layout, phase.num_seeds)
         self._init = jax.jit(init, out_shardings=self.layout.merge(*self.shardings))
+        self.notice = placement.notice_of_seeds(phase.num_seeds)
         self._previous = abstract
         self.finite_names: tuple[str, ...] = ()
         self._step: Any = None
@@ -118,19 +139,20 @@ class Program:
     def compile(self) -> None:
         """Compiles the step once; what is called later is that program and never another."""
         phase, layout, placement = self.phase, self.layout, self._placement
-        algorithm = self._algorithm()
+        advance = self._advance()
         used_live = placement.together(layout.live_names, self.shardings[0])
         used_frozen = placement.together(layout.frozen_names, self.shardings[1])
 
         def step(
             live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: Array
-        ) -> tuple[tuple[Any, ...], dict[str, Array], Bool[Array, " leaves"]]:
+        ) -> tuple[tuple[Any, ...], dict[str, Array], Bool[Array, "..."]]:
             live = _moved(live, self.shardings[0], used_live)
             frozen = _moved(frozen, self.shardings[1], used_frozen)
             # The fold-in completes poise.core.step_key(seed, phase, step).
-            state, metrics = algorithm.step(layout.merge(live, frozen), batch, jax.random.fold_in(key, index))
+            state, metrics = advance(layout.merge(live, frozen), batch, jax.random.fold_in(key, index))
             new_live, _ = layout.split(state)
-            self.finite_names, finite = _finite(layout.live_names, new_live, _checked(metrics, phase.name))
+            _check_metrics(metrics, phase, self._seeds_apart)
+            self.finite_names, finite = _finite(layout.live_names, new_live, metrics, self._seeds_apart)
             return new_live, metrics, finite
 
         key = jax.eval_shape(lambda: jax.random.key(0))
@@ -138,40 +160,47 @@ class Program:
         abstract = (layout.abstract_live, layout.abstract_frozen, self.batch, key, index)
         whole, split = placement.replicated, placement.batch_sharding(phase.data.batch_axis)
         live, frozen = self.shardings
-        if placement.parallel == "pmap":
-            step = self._mapped(step)
+        # Of seeds every device tells its own, so that none waits for another.
+        told = placement.batch_sharding(0) if self._seeds_apart and not placement.several else whole
         jitted = jax.jit(
             step,
             donate_argnums=0,
             in_shardings=(live, frozen, split, whole, whole),
-            out_shardings=(live, whole, whole),
+            out_shardings=(live, told, told),
         )
         self._step = jitted.lower(*abstract).compile()
 
-    def _algorithm(self) -> Algorithm:
-        make = self.phase.make_algorithm
-        if self._placement.parallel != "pmap":
-            return make(self._previous)
+    def _advance(self) -> Callable[..., Any]:
+        """The algorithm's step; under pmap the same program on every device, with its part of the batch or of the seeds.
+
+        What is the same on all devices before is the same afterwards by the algorithm's own means.
+        """
+        make, placement = self.phase.make_algorithm, self._placement
+        if placement.parallel != "pmap":
+            return make(self._previous).step
         if "axis_name" not in inspect.signature(make).parameters:
             raise DeviceError(f"phase {self.phase.name!r} can't run with parallel=pmap: it knows of no axis_name")
-        return make(self._previous, axis_name=DATA)
-
-    def _mapped(self, step: Callable[..., Any]) -> Callable[..., Any]:
-        """The same program on every device, on its part of the batch; what it returns is the same everywhere."""
-        mesh, axis = self._placement.mesh, self.phase.data.batch_axis
-        whole, split = PartitionSpec(), PartitionSpec(*[None] * axis, DATA)
+        whole, split = PartitionSpec(), PartitionSpec(*[None] * self.phase.data.batch_axis, DATA)
+        state, batch, named = whole, split, {"axis_name": DATA}
+        if self._seeds_apart:
+            state, batch = PartitionSpec(DATA), whole
+        elif self.phase.num_seeds:  # every device trains all of them
+            batch, named = whole, {}
         return jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(whole, whole, split, whole, whole),
-            out_specs=(whole, whole, whole),
-            check_vma=False,  # the algorithm's own means make them so
+            make(self._previous, **named).step,
+            mesh=placement.mesh,
+            in_specs=(state, batch, whole),
+            out_specs=(state, state),
+            check_vma=False,
         )
 
     def step(
         self, live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: int
     ) -> tuple[tuple[Any, ...], dict[str, Array], Array]:
-        """One step, from 0: new live leaves (the old ones are gone), metrics, and which values are finite."""
+        """One step, from 0: new live leaves (the old ones are gone), metrics, and which values are finite.
+
+        The last is ``[values]``, where seeds are split ``[seeds, values]``.
+        """
         return self._step(live, frozen, batch, key, np.uint32(index))
 
 
@@ -184,25 +213,27 @@ def _moved(leaves: tuple[Any, ...], lie: tuple[Any, ...], used: tuple[Any, ...])
     )
 
 
-def _checked(metrics: Any, phase: str) -> dict[str, Array]:
+def _check_metrics(metrics: Any, phase: Phase, seeds_apart: bool) -> None:
     if not isinstance(metrics, dict):
-        raise ValueError(f"phase {phase!r}: metrics must be a dictionary of scalars, got {type(metrics).__name__}")
+        raise ValueError(f"phase {phase.name!r}: metrics must be a dictionary of scalars, got {type(metrics).__name__}")
     for name, value in metrics.items():
         if not isinstance(name, str) or name in RESERVED or name.startswith("eval/"):
-            raise ValueError(f"phase {phase!r}: a metric can't be called {name!r}")
-        if jnp.ndim(value) > 1:
-            raise ValueError(
-                f"phase {phase!r}: metric {name!r} must be a scalar or one number a seed, got shape {jnp.shape(value)}"
+            raise ValueError(f"phase {phase.name!r}: a metric can't be called {name!r}")
+        if jnp.ndim(value) > 1 or (seeds_apart and jnp.shape(value) != (phase.num_seeds,)):
+            wanted = (
+                f"one number for each of {phase.num_seeds} seeds" if seeds_apart else "a scalar or one number a seed"
             )
-    return metrics
+            raise ValueError(f"phase {phase.name!r}: metric {name!r} must be {wanted}, got shape {jnp.shape(value)}")
 
 
 def _finite(
-    names: tuple[str, ...], live: tuple[Any, ...], metrics: Mapping[str, Any]
-) -> tuple[tuple[str, ...], Bool[Array, " leaves"]]:
-    """Which metrics and which leaves of the state hold only finite numbers, with their names."""
+    names: tuple[str, ...], live: tuple[Any, ...], metrics: Mapping[str, Any], seeds_apart: bool
+) -> tuple[tuple[str, ...], Bool[Array, "..."]]:
+    """Which metrics and which leaves of the state hold only finite numbers, with their names; seeds first."""
     values = {f"metric {name}": jnp.asarray(value) for name, value in metrics.items()}
     values |= {f"state {name}": leaf for name, leaf in zip(names, live, strict=True)}
     inexact = {name: value for name, value in values.items() if _is_inexact(value)}
-    flags = [jnp.isfinite(value).all() for value in inexact.values()]
-    return tuple(inexact), jnp.stack(flags) if flags else jnp.ones((0,), bool)
+    first = int(seeds_apart)
+    flags = [jnp.isfinite(value).all(axis=tuple(range(first, value.ndim))) for value in inexact.values()]
+    none = jnp.ones((live[0].shape[0], 0) if seeds_apart else (0,), bool)
+    return tuple(inexact), jnp.stack(flags, axis=-1) if flags else none

@@ -112,6 +112,11 @@ class LeafSpecs:
         if sizes.get(MODEL, 1) > 1 and not self._rules:
             raise ConfigError(f"mesh with {MODEL}:{sizes[MODEL]} needs rules for what is split over it, see sharding")
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether rules say how leaves lie."""
+        return bool(self._rules)
+
     def spec(self, name: str, leaf: Any, is_key: bool = False) -> PartitionSpec:
         """The partition of a leaf.
 

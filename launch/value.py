@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from poise.launch.config import ConfigError, field, parse_names, validate
-from poise.launch.execution import CheckpointConfig
+from poise.launch.execution import ExecutionConfig
 from poise.launch.main import launch
 
 LOSSES = ("mse", "hl_gauss", "two_hot", "c51", "mse_softmax")
@@ -55,7 +55,7 @@ PRESETS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class ValueConfig(CheckpointConfig):
+class ValueConfig(ExecutionConfig):
     """The settings of a comparison; every field is a flag of the same name."""
 
     workdir: str = field("runs/value", "folder that everything is written to; rerun in it to resume", role="execution")
@@ -150,13 +150,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check(config: ValueConfig) -> None:
-    """Looks whether there is such an environment, before anything is written.
+    """Looks whether there is such an environment, and such devices, before anything is written.
 
     Raises:
       ConfigError: if not.
     """
+    from poise.launch.devices import check_devices
     from poise.launch.value_phases import make_environment
 
+    check_devices(config)
     make_environment(config)
 
 

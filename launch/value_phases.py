@@ -153,14 +153,14 @@ def _phase(config: "ValueConfig", loss: str) -> Phase:
     transform = make_transform(loss, *config.support, config.preset.num_bins)
     net = make_network(config, env, transform)
     agent = dqn(env, net, transform, optax.adam(config.preset.learning_rate, eps=1e-5), dqn_config(config))
-    agents = over_seeds(agent, config.num_seeds)
     return Phase(
         name=loss,
-        make_algorithm=lambda _: agents,
+        make_algorithm=lambda _, axis_name=None: over_seeds(agent, config.num_seeds, axis_name),
         data=NoData(),
         num_steps=config.preset.updates // config.updates_per_step,
         evaluate=_judge(config, net, transform),
         evaluate_every=config.eval_every,
+        num_seeds=config.num_seeds,
     )
 
 

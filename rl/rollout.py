@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
-from poise.core import Algorithm
+from poise.core import Algorithm, axis_index
 from poise.core.arguments import check_count
 from poise.rl.dqn import epsilon_greedy
 from poise.rl.environment import Environment
@@ -91,7 +91,7 @@ def rollout(
     return Rollout(observations, jnp.sum(rewards, axis=0), jnp.sum(counted, axis=0), ~carry[2])
 
 
-def over_seeds(algorithm: Algorithm, num_seeds: int) -> Algorithm:
+def over_seeds(algorithm: Algorithm, num_seeds: int, axis_name: str | None = None) -> Algorithm:
     """The same algorithm for several seeds at once, by ``vmap``.
 
     Seed ``i`` draws from ``fold_in(key, i)``, so that it makes the same run alone. All leaves of the state and all
@@ -99,14 +99,16 @@ def over_seeds(algorithm: Algorithm, num_seeds: int) -> Algorithm:
 
     Args:
       algorithm: any.
-      num_seeds: how many.
+      num_seeds: how many, on all devices together.
+      axis_name: of the devices that share the seeds under ``pmap`` or ``shard_map``, where device ``p`` of ``P`` holds
+        the block ``[p * num_seeds / P, (p+1) * num_seeds / P)``. Under ``jit`` no name is needed.
 
     Returns:
       An algorithm.
 
     Raises:
       TypeError: if ``num_seeds`` is no integer.
-      ValueError: if it is below 1.
+      ValueError: if it is below 1, or the devices of the axis can't share the seeds evenly.
 
     Example:
       >>> import jax
@@ -119,7 +121,12 @@ def over_seeds(algorithm: Algorithm, num_seeds: int) -> Algorithm:
     check_count("num_seeds", num_seeds)
 
     def keys_of(key):
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(num_seeds))
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        if num_seeds % devices:
+            raise ValueError(f"num_seeds must be a multiple of the {devices} devices that share them, got {num_seeds}")
+        own = num_seeds // devices
+        seeds = axis_index(axis_name) * own + jnp.arange(own)
+        return jax.vmap(lambda i: jax.random.fold_in(key, i))(seeds)
 
     return Algorithm(
         init=lambda key, batch: jax.vmap(algorithm.init, in_axes=(0, None))(keys_of(key), batch),
