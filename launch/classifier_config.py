@@ -22,9 +22,15 @@ class ClassifierConfig(BatchConfig):
     """The settings of a classifier; every field is a flag of the same name."""
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
-    data: str = field("digits", "labelled images: digits, tfds:NAME, or folder:PATH with a subfolder for each class")
+    data: str = field(
+        "digits",
+        "labelled images: digits, synthetic (noise, to measure speed), tfds:NAME, or folder:PATH with a subfolder for "
+        "each class",
+    )
     data_dir: str = field("", "folder of prepared data sets; empty: <workdir>/data", role="execution")
-    image_size: int = field(0, "images of a folder are cropped and resized to it; 0: they have one size", minimum=0)
+    image_size: int = field(
+        0, "side of synthetic images; those of a folder are cropped and resized to it; 0: 32, their own", minimum=0
+    )
     seed: int = field(0, "seed of the run: parameters and data order", minimum=0, maximum=2**32 - 1)
 
     patch_size: int = field(2, "side of the vision transformer's patches", minimum=1)
@@ -45,11 +51,11 @@ class ClassifierConfig(BatchConfig):
         """Checks each field, and those that belong together."""
         validate(self)
         kind, _, place = self.data.partition(":")
-        if (kind, bool(place)) not in (("digits", False), ("tfds", True), ("folder", True)):
-            raise ConfigError(f"data must be digits, tfds:NAME or folder:PATH, got {self.data!r}")
+        if (kind, bool(place)) not in (("digits", False), ("synthetic", False), ("tfds", True), ("folder", True)):
+            raise ConfigError(f"data must be digits, synthetic, tfds:NAME or folder:PATH, got {self.data!r}")
         if kind == "folder":  # the same images wherever the run is resumed from
             object.__setattr__(self, "data", f"folder:{pathlib.Path(place).expanduser().absolute()}")
-        if self.image_size and kind != "folder":
+        if self.image_size and kind not in ("folder", "synthetic"):
             raise ConfigError(f"image_size must be 0 for data={self.data}, whose size is known, got {self.image_size}")
         if self.width % self.num_heads:
             raise ConfigError(f"num_heads must divide width={self.width}, got {self.num_heads}")

@@ -37,10 +37,14 @@ class DistillConfig(BatchConfig):
 
     workdir: str = field("", "folder that everything is written to; rerun in it to resume", role="execution")
     data: str = field(
-        "digits", "what is learned: digits, mixture2d (two modes in the plane), tfds:NAME, or folder:PATH of images"
+        "digits",
+        "what is learned: digits, mixture2d (two modes in the plane), synthetic (noise, to measure speed), tfds:NAME, "
+        "or folder:PATH of images",
     )
     data_dir: str = field("", "folder of prepared data sets; empty: <workdir>/data", role="execution")
-    image_size: int = field(0, "images of a folder are cropped and resized to it; 0: they have one size", minimum=0)
+    image_size: int = field(
+        0, "side of synthetic images; those of a folder are cropped and resized to it; 0: 32, their own", minimum=0
+    )
     eval_images: int = field(5000, "training images, at most, that generated ones are compared with", minimum=10)
     seed: int = field(0, "seed of the run: parameters, data order and noise", minimum=0, maximum=2**32 - 1)
 
@@ -109,11 +113,17 @@ class DistillConfig(BatchConfig):
             object.__setattr__(self, "data", f"folder:{pathlib.Path(place).expanduser().absolute()}")
         if self.teacher:
             object.__setattr__(self, "teacher", settled(self.teacher, absolute=True))
-        if (kind, bool(place)) not in (("digits", False), ("mixture2d", False), ("tfds", True), ("folder", True)):
-            raise ConfigError(f"data must be digits, mixture2d, tfds:NAME or folder:PATH, got {self.data!r}")
+        if (kind, bool(place)) not in (
+            ("digits", False),
+            ("mixture2d", False),
+            ("synthetic", False),
+            ("tfds", True),
+            ("folder", True),
+        ):
+            raise ConfigError(f"data must be digits, mixture2d, synthetic, tfds:NAME or folder:PATH, got {self.data!r}")
         if kind == "mixture2d" and self.teacher:
             raise ConfigError(f"teacher must be empty for data=mixture2d, whose teacher is exact, got {self.teacher!r}")
-        if self.image_size and kind != "folder":
+        if self.image_size and kind not in ("folder", "synthetic"):
             raise ConfigError(f"image_size must be 0 for data={self.data}, whose size is known, got {self.image_size}")
         if self.model_channels % 4 or (self.model_channels > 128 and self.model_channels % 32):
             raise ConfigError(f"model_channels must be a multiple of 4, above 128 one of 32, got {self.model_channels}")

@@ -31,11 +31,14 @@ class CheckpointConfig(HostsConfig):
         60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
     )
     keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
+    profile_steps: tuple[int, ...] = field(
+        (), "first and last step to profile, such as 10,15; empty: none", role="execution", minimum=1
+    )
     jax_cache_dir: str = field("", "folder of JAX's compilation cache; empty: none", role="execution")
 
     def for_fit(self) -> dict[str, Any]:
         """Those of these settings that :func:`poise.launch.fit` takes, by its names for them."""
-        return {name: getattr(self, name) for name in ("save_every", "save_every_seconds", "keep")}
+        return {name: getattr(self, name) for name in ("save_every", "save_every_seconds", "keep", "profile_steps")}
 
 
 @dataclasses.dataclass(frozen=True)

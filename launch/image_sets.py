@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from poise.launch.data import DataError, epoch_order
+from poise.launch.synthetic_images import NUM_HELD_OUT, NUM_TRAIN, SIZE, SyntheticImages
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # A tenth is held out, within these bounds; precision and recall take the 5 nearest neighbours.
@@ -304,11 +305,12 @@ def open_images(data: str, data_dir: str | os.PathLike[str], image_size: int = 0
     """Opens a data set by its name on the command line.
 
     Args:
-      data: ``"digits"`` (scikit-learn's, prepared in ``data_dir``), ``"tfds:NAME"`` (splits ``train`` and ``test`` or
+      data: ``"digits"`` (scikit-learn's, prepared in ``data_dir``), ``"synthetic"`` (noise, see
+        :class:`poise.launch.synthetic_images.SyntheticImages`), ``"tfds:NAME"`` (splits ``train`` and ``test`` or
         ``validation``), or ``"folder:PATH"`` (``PATH/train`` and ``PATH/test`` if both are there, else a tenth of the
         images, at most 5,000, is held out by one fixed shuffle).
       data_dir: where data sets are prepared and looked for.
-      image_size: see :class:`FolderImages`; 0 for the images' own size.
+      image_size: see :class:`FolderImages`; 0 for the images' own size, of synthetic ones 32.
 
     Returns:
       The training and held-out images.
@@ -326,6 +328,9 @@ def open_images(data: str, data_dir: str | os.PathLike[str], image_size: int = 0
             for split in ("train", "test")
         )
         return ImageSplits(train, test)
+    if kind == "synthetic":
+        size = image_size or SIZE
+        return ImageSplits(SyntheticImages(NUM_TRAIN, size, seed=0), SyntheticImages(NUM_HELD_OUT, size, seed=1))
     if kind == "tfds":
         train = TfdsImages(place, "train", data_dir)
         try:
@@ -350,4 +355,4 @@ def open_images(data: str, data_dir: str | os.PathLike[str], image_size: int = 0
         order = fixed_order(len(images))
         held_out = min(max(len(images) // _HELD_OUT_SHARE, _HELD_OUT_LEAST), _HELD_OUT_MOST)
         return ImageSplits(Subset(images, np.sort(order[held_out:])), Subset(images, np.sort(order[:held_out])))
-    raise DataError(f"data must be digits, tfds:NAME or folder:PATH, got {data!r}")
+    raise DataError(f"data must be digits, synthetic, tfds:NAME or folder:PATH, got {data!r}")

@@ -16,6 +16,7 @@ from poise.launch.config import ConfigError, parse_config
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import end, join_hosts, lost, same_everywhere
 from poise.launch.mirror import claimed_workdir
+from poise.launch.profiling import StepProfile
 from poise.launch.signals import Interrupted
 from poise.launch.workdir import check_shared, mark_shared, prepare_workdir, settle_config, unmark_shared, workdir_path
 
@@ -59,6 +60,7 @@ def launch(
         if not config.workdir:
             raise ConfigError("--workdir must name the run's folder, such as --workdir=runs/digits")
         workdir = workdir_path(config.workdir)
+        StepProfile(getattr(config, "profile_steps", ()), workdir)  # which says what is wrong with them
         if join_hosts(config):
             set_up_jax(config)  # before the first word between processes
             same_everywhere(config)

@@ -123,7 +123,7 @@ def test_the_first_images_of_a_folder_are_of_all_classes(by_class):
         ("folder:{tmp}/none", "there is no folder"),
         ("folder:{tmp}/empty", "holds no images"),
         ("tfds:no_such_set", "the TFDS data set 'no_such_set', split 'train', cannot be opened"),
-        ("mnist", "data must be digits, tfds:NAME or folder:PATH, got 'mnist'"),
+        ("mnist", "data must be digits, synthetic, tfds:NAME or folder:PATH, got 'mnist'"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, data, message):
@@ -205,3 +205,17 @@ def test_a_tfds_data_set_is_read_by_name(tmp_path):
     np.testing.assert_array_equal(found["label"], [1, 0])
     with pytest.raises(DataError, match="split 'nothing', cannot be opened"):
         TfdsImages("poise_colours", "nothing", tmp_path)
+
+
+def test_synthetic_images_are_functions_of_their_number():
+    train, held_out = open_images("synthetic", "", image_size=8)
+    indices = np.array([0, 7, 49_999])
+    first, again = train.read(indices), open_images("synthetic", "", image_size=8).train.read(indices)
+    for name in ("image", "label"):
+        np.testing.assert_array_equal(first[name], again[name])
+    assert first["image"].shape == (3, 8, 8, 3)
+    assert first["label"].tolist() == [0, 7, 9]
+    assert (first["image"][0] != first["image"][1]).mean() > 0.9
+    assert (held_out.read(indices[:1])["image"] != first["image"][:1]).mean() > 0.9
+    assert (len(train), len(held_out), train.image_shape) == (50_000, 10_000, (8, 8, 3))
+    assert open_images("synthetic", "").train.image_shape == (32, 32, 3)

@@ -253,7 +253,7 @@ def test_the_table_has_a_dash_where_there_is_no_file():
         ("--method=ofk", "--method must be one of ofq, lsq, got 'ofk'"),
         ("--width=9", "num_heads must divide width=9, got 2"),
         ("--patch_size=3", "patch_size must divide the images' side 8, got 3"),
-        ("--data=cifar10", "data must be digits, tfds:NAME or folder:PATH, got 'cifar10'"),
+        ("--data=cifar10", "data must be digits, synthetic, tfds:NAME or folder:PATH, got 'cifar10'"),
         ("--data=folder:/no/such", "there is no folder /no/such"),
         ("--image_size=8", "image_size must be 0 for data=digits"),
         ("--min_learning_rate=1", "min_learning_rate must be at most learning_rate"),
