@@ -31,9 +31,8 @@ from poise.launch.devices import Placement
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
-from poise.launch.lock import workdir_lock
+from poise.launch.mirror import claimed_workdir
 from poise.launch.phase import Phase, Program
-from poise.launch.profiling import StepProfile
 from poise.launch.progress import Console, duration
 from poise.launch.sharding import Rules
 from poise.launch.signals import Interrupted, StopRequest, stop_on_signals
@@ -78,7 +77,6 @@ def fit(
     mesh: str = "",
     sharding: str | Rules = "",
     devices: Sequence[jax.Device] | None = None,
-    profile_steps: Sequence[int] = (),
     writers: Sequence[Writer] = (),
     tensorboard: bool = True,
     console: Console | None = None,
@@ -97,7 +95,7 @@ def fit(
 
     Args:
       phases: in order; only the last one may be made longer for a run that has come past the others.
-      workdir: the run's folder; one run, one folder.
+      workdir: the run's folder, or an address such as ``gs://bucket/run``; one run, one folder.
       seed: of parameters and noise, at least 0. (Data sources have seeds of their own.)
       start: what the first phase's ``make_algorithm`` receives, such as a network trained elsewhere; the same whenever
         the run goes on.
@@ -111,8 +109,6 @@ def fit(
       sharding: rules for the layout of the state's leaves, such as ``"kernel$=-,fsdp;.*="``; without, only an axis
         ``fsdp`` splits leaves. See :class:`poise.launch.sharding.LeafSpecs`. Both may change when a run goes on.
       devices: the devices; None for all.
-      profile_steps: the first and the last of this call's steps that go into a profile in ``<workdir>/profile``, see
-        :class:`poise.launch.profiling.StepProfile`; of several processes that of process 0.
       writers: take metrics and pictures besides the files above; of several processes those of process 0.
       tensorboard: whether to write TensorBoard files, where tensorboardX is installed.
       console: shows progress on stderr; made here if None.
@@ -145,9 +141,8 @@ def fit(
       (3.0, 20)
     """
     _check(phases, seed, save_every, save_every_seconds)
-    profile = StepProfile(profile_steps if is_main() else (), workdir_path(workdir) / "profile")
     path = workdir_path(workdir)
-    only_main(lambda: prepare_workdir(path))
+    only_main(lambda: prepare_workdir(workdir))
     placement = Placement(devices, parallel, mesh, sharding)
     sinks: list[Writer] = []
     timing = TimingLog(path / "timing.jsonl" if is_main() else None)
@@ -162,11 +157,10 @@ def fit(
         path / "checkpoints", [(phase.name, phase.num_steps) for phase in phases], seed, keep, console.line
     )
     with contextlib.ExitStack() as stack:
-        only_main(lambda: stack.enter_context(workdir_lock(path)))
+        only_main(lambda: stack.enter_context(claimed_workdir(workdir, console.line)))
         stop = stack.enter_context(stop_on_signals())
         run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
-        run.profile = profile
         try:
             result = run.all_phases()
             run.close()
@@ -217,7 +211,6 @@ class _Run:
     save_every = 0
     save_every_seconds: float | int = 0
     start: State | None = None
-    profile = StepProfile((), "")
 
     def __init__(
         self,
@@ -314,9 +307,6 @@ class _Run:
         for step in range(done + 1, phase.num_steps + 1):
             batch = program.place(step - 1)
             live, metrics, finite = program.step(live, frozen, batch, key, step - 1)
-            with self.profile.step(self.steps_trained):
-                live, metrics, finite = program.step(live, frozen, batch, key, step - 1)
-            self.profile.after(self.steps_trained, metrics)
             self.steps_trained += 1
             pending, before = _Pending(step, metrics, finite), pending
             if before is not None:
@@ -403,7 +393,6 @@ class _Run:
         """Ends everything that is open, however the run ends; ``wait``: also a checkpoint that is being written."""
         with contextlib.ExitStack() as stack:  # each of them, whatever the others do
             stack.callback(self.console.finish)
-            stack.callback(self.profile.close)
             stack.callback(self.timing.close)
             if wait:
                 stack.callback(self.store.close)

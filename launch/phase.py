@@ -171,7 +171,7 @@ class Program:
         self._step = jitted.lower(*abstract).compile()
 
     def _advance(self) -> Callable[..., Any]:
-        """The algorithm's step; under pmap the same program on every device, with its part of the batch or of the seeds.
+        """The algorithm's step; under pmap the same program on every device, with its share of batch or seeds.
 
         What is the same on all devices before is the same afterwards by the algorithm's own means.
         """
