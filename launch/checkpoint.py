@@ -15,6 +15,7 @@ from poise.launch.agreement import agree, main_says, only_main, several
 from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
 from poise.launch.leaves import Layout, dtype_named, nest
+from poise.launch.local_copy import local_copy
 from poise.launch.manifest import (
     FORMAT,
     ITEMS,
@@ -398,7 +399,7 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
 
     Args:
       path: a checkpoint (``<workdir>/checkpoints/00_teacher/300``), a phase's folder, or a run's; of several
-        checkpoints the newest is read.
+        checkpoints the newest is read. An address in an object store is one, too.
 
     Returns:
       The state as nested dictionaries, with its frozen part.
@@ -420,7 +421,7 @@ def restore_tree(path: str | os.PathLike[str]) -> PyTree:
       >>> float(tree["count"])
       3.0
     """
-    origin = pathlib.Path(path).expanduser().absolute()
+    origin = local_copy(path, "").absolute()
     checkpoint = next(checkpoints_at(origin), None)
     if checkpoint is None:
         raise CheckpointError(f"there is no checkpoint in {origin}")

@@ -55,21 +55,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(config: ConvertConfig) -> None:
     """Reads and converts everything, then writes."""
-    from poise.launch.lock import workdir_lock
+    from poise.launch.mirror import claimed_workdir
     from poise.launch.teachers import DESCRIPTION, save_teacher
     from poise.launch.workdir import prepare_workdir
 
     teacher = convert(config)
     folder = prepare_workdir(config.output)
-    with workdir_lock(folder):
+    with claimed_workdir(config.output):
         if (folder / DESCRIPTION).exists() or (folder / "checkpoints").exists():
             raise ConfigError(f"output must be a folder without a run or a teacher, but {folder} holds one")
         save_teacher(folder, teacher)
     kind, classes = teacher.network.architecture["model_type"], teacher.network.num_classes
     size, _, channels = teacher.network.image_shape
     print(
-        f"{folder}: {kind} for {size}x{size}x{channels} images, {f'{classes} classes' if classes else 'no classes'}; "
-        f"poise.launch.distill --teacher={config.output} takes it"
+        f"{config.output}: {kind} for {size}x{size}x{channels} images, "
+        f"{f'{classes} classes' if classes else 'no classes'}; poise.launch.distill --teacher={config.output} takes it"
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
+from poise.launch.object_store import delivered, settled
 
 PIXELS = "pixels"
 
@@ -49,7 +50,7 @@ class EvaluateConfig:
         validate(self)
         if not self.workdir:
             raise ConfigError("workdir must name the folder of a finished run, got an empty text")
-        object.__setattr__(self, "workdir", str(pathlib.Path(self.workdir).expanduser()))
+        object.__setattr__(self, "workdir", settled(self.workdir))
         if self.nfe % 2 == 0:
             raise ConfigError(f"nfe must be odd: n Heun steps take 2n - 1 evaluations, got {self.nfe}")
         if self.features != PIXELS and not all(self.features.partition(":")):
@@ -109,14 +110,13 @@ def run(config: EvaluateConfig) -> None:
     for path, summary in ((config.write_reference, real), (config.write_generated, drawn)):
         if path:
             write_statistics(path, summary)
-    output = pathlib.Path(config.output or f"{config.workdir}/evaluation_nfe{config.nfe}.json").expanduser()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(output) as temporary:
+    place = settled(config.output or f"{config.workdir}/evaluation_nfe{config.nfe}.json")
+    with delivered(place) as output, atomic_path(output) as temporary:
         temporary.write_text(json.dumps(report, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shown = {name: report[name] for name in ("frechet", *names) if report[name] is not None}
     against = config.reference or f"{real.count} real images, {config.split}"
     print("  ".join(f"{name} {value:.4f}" for name, value in shown.items()))
-    print(f"{drawn.count} drawn images against {against}, on {config.features} ({output})")
+    print(f"{drawn.count} drawn images against {against}, on {config.features} ({place})")
 
 
 def feature_function(name: str, maximum: int) -> Callable[[Any], Any]:
@@ -224,13 +224,18 @@ def write_statistics(path: str, summary: Summary) -> None:
 
 def _real_images(config: EvaluateConfig, network: Any) -> Iterator[Any]:
     from poise.launch.image_sets import fixed_order, open_images
+    from poise.launch.local_copy import local_copy
     from poise.launch.runs import read_config
 
     of_run = read_config(config.workdir)
     data = config.data or of_run.get("data", "")
     if not data:
         raise ConfigError(f"data must name the real images, since {config.workdir} is no run that was trained on some")
-    data_dir = config.data_dir or of_run.get("data_dir", "") or (f"{config.workdir}/data" if data == "digits" else "")
+    data_dir = (
+        config.data_dir
+        or of_run.get("data_dir", "")
+        or (local_copy(config.workdir) / "data" if data == "digits" else "")
+    )
     splits = open_images(data, data_dir, config.image_size or int(of_run.get("image_size", 0)))
     images = splits.train if config.split == "train" else splits.held_out
     if images.image_shape != network.image_shape:

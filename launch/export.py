@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 from typing import Any, NamedTuple
 
 import flax
@@ -12,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from poise.launch.files import atomic_path
+from poise.launch.local_copy import local_copy
 from poise.launch.networks import NetworkConfig, build_network, check_variables
 from poise.launch.pixels import PixelScale
 
@@ -110,7 +110,7 @@ def load_student(path: str | os.PathLike) -> Student:
     """Loads a student from a finished run's folder or from its safetensors file.
 
     Args:
-      path: the working directory of a run, or the file ``student.safetensors`` in it.
+      path: the working directory of a run, an address as well, or the file ``student.safetensors`` in it.
 
     Returns:
       The student, to be called with a key and labels. Nothing in the file is executed.
@@ -131,7 +131,7 @@ def load_student(path: str | os.PathLike) -> Student:
     """
     from safetensors import SafetensorError, safe_open
 
-    file = pathlib.Path(path).expanduser()
+    file = local_copy(path)
     file = file / "student.safetensors" if file.is_dir() else file
     if not file.is_file():
         raise FileNotFoundError(f"no student at {file}: is the run finished?")

@@ -9,6 +9,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from poise.launch.config import ConfigError
+from poise.launch.local_copy import local_copy
 from poise.launch.qat_export import FILE
 from poise.launch.quantized_files import load_quantized
 from poise.launch.runs import config_of
@@ -38,7 +39,7 @@ def load_classifier(workdir: str | os.PathLike[str], file: str = "") -> Callable
       ...
       FileNotFoundError: no quantized parameters at nowhere/model.safetensors
     """
-    folder = pathlib.Path(workdir).expanduser()
+    folder = local_copy(workdir)
     exported_by_qat = (folder / FILE).exists()
     found = sorted(path.name for path in folder.glob("*_[0-9]bit.safetensors"))
     if not file and not exported_by_qat and found:

@@ -6,12 +6,12 @@ sheet of frames, OUTPUT.png, are written.
 """
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, nearest, validate
 from poise.launch.main import run_tool
+from poise.launch.object_store import delivered, settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PlayConfig:
         validate(self)
         if not self.workdir:
             raise ConfigError("workdir must name the folder of a run, got an empty text")
-        object.__setattr__(self, "workdir", str(pathlib.Path(self.workdir).expanduser()))
+        object.__setattr__(self, "workdir", settled(self.workdir))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +48,7 @@ def run(config: PlayConfig) -> None:
 
     from poise.launch.episodes import play_episodes
     from poise.launch.frames import animation, draw_frames, sheet
+    from poise.launch.local_copy import local_copy
     from poise.launch.manifest import CheckpointError
     from poise.launch.runs import config_of
     from poise.launch.value import ValueConfig
@@ -62,7 +63,8 @@ def run(config: PlayConfig) -> None:
     if config.agent >= settings.num_seeds:
         raise ConfigError(f"agent must be below the run's num_seeds = {settings.num_seeds}, got {config.agent}")
     try:
-        learner = load_agents(settings, names.index(loss), loss, pathlib.Path(config.workdir))
+        index = names.index(loss)
+        learner = load_agents(settings, index, loss, local_copy(config.workdir, f"{index:02d}_{loss}"))
     except CheckpointError as error:
         raise ConfigError(f"{error}: has the run come to {loss}?") from error
 
@@ -90,11 +92,11 @@ def run(config: PlayConfig) -> None:
         None if probs is None else probs[:length, 0],
         None if transform.support is None else np.asarray(transform.support),
     )
-    output = pathlib.Path(config.output or f"{config.workdir}/play_{loss}").expanduser()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    animation(output.with_name(f"{output.name}.gif"), frames, config.frames_per_second)
-    sheet(output.with_name(f"{output.name}.png"), frames)
-    print(f"{length} steps, return {np.sum(played.rewards[:length, 0]):g}: {output}.gif, {output}.png")
+    place = settled(config.output or f"{config.workdir}/play_{loss}")
+    with delivered(place) as output:
+        animation(output.with_name(f"{output.name}.gif"), frames, config.frames_per_second)
+        sheet(output.with_name(f"{output.name}.png"), frames)
+    print(f"{length} steps, return {np.sum(played.rewards[:length, 0]):g}: {place}.gif, {place}.png")
 
 
 if __name__ == "__main__":

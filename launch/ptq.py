@@ -15,6 +15,7 @@ from typing import Any
 from poise.launch.classifier_config import SMOKE, ClassifierConfig, network_settings
 from poise.launch.config import ConfigError, field, parse_names
 from poise.launch.main import launch
+from poise.launch.object_store import settled
 
 METHODS = ("rtn", "adaround", "flexround", "nupes")
 
@@ -56,7 +57,7 @@ class PTQConfig(ClassifierConfig):
                 f"got {self.reconstruction_batch_size}"
             )
         if self.checkpoint:
-            object.__setattr__(self, "checkpoint", str(pathlib.Path(self.checkpoint).expanduser().absolute()))
+            object.__setattr__(self, "checkpoint", settled(self.checkpoint, absolute=True))
 
     @property
     def method_names(self) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 import functools
 import os
-import pathlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +13,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from poise.launch.checkpoint import restore_tree
+from poise.launch.local_copy import local_copy
 from poise.launch.results import phase_folder
 from poise.nets import TransformerBlock, VisionTransformer
 from poise.quant import (
@@ -55,7 +55,7 @@ def float_variables(run: str | os.PathLike[str]) -> PyTree:
     Raises:
       CheckpointError: if there is no such phase, or it is damaged.
     """
-    return restore_tree(phase_folder(pathlib.Path(run), 0, "float"))["variables"]
+    return restore_tree(phase_folder(local_copy(run, "00_float"), 0, "float"))["variables"]
 
 
 def tokens_of(model: VisionTransformer, params: PyTree, images: Array) -> Array:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import PyTree
 
 from poise.launch.files import atomic_path
+from poise.launch.local_copy import local_copy
 from poise.quant import QuantizedParams, QuantizedTensor, dequantize_tree
 from poise.quant.export import FORMAT, VERSION
 from poise.quant.quantized_tensor import check_tensor
@@ -81,7 +82,7 @@ def load_quantized(path: str | os.PathLike, *, dequantize: bool = False) -> Quan
     """
     from safetensors import SafetensorError, safe_open
 
-    file = pathlib.Path(path).expanduser()
+    file = local_copy(path)
     if not file.is_file():
         raise FileNotFoundError(f"no quantized parameters at {file}")
     try:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
+from poise.launch.object_store import is_address, settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ReportConfig:
             raise ConfigError("runs must name at least one folder, such as runs/digits; got none")
         seen: dict[str, str] = {}
         for run in self.runs:
-            place = os.path.realpath(pathlib.Path(run).expanduser())
+            place = settled(run) if is_address(run) else os.path.realpath(pathlib.Path(run).expanduser())
             if place in seen:
                 raise ConfigError(f"runs must be different folders, got {seen[place]} and {run}")
             seen[place] = run

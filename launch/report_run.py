@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 from poise.launch.config import ConfigError
+from poise.launch.local_copy import local_copy
 from poise.launch.report_curves import Curve
 from poise.launch.workdir import CONFIG_FILE, DATA_FILE
 
@@ -84,7 +85,7 @@ def check_run(folder: str) -> pathlib.Path:
     Raises:
       ConfigError: naming it, if there is none.
     """
-    path = pathlib.Path(folder).expanduser()
+    path = local_copy(folder)
     if not path.is_dir():
         raise ConfigError(f"{folder} is no run: there is no such folder")
     if not any((path / name).is_file() for name in (CONFIG_FILE, METRICS_FILE, REPORT_FILE)):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from poise.launch.config import TUPLE, ConfigError, config_fields, nearest
 from poise.launch.drawing import Generate, many_steps_generate, one_step_generate
 from poise.launch.errors import LaunchError
+from poise.launch.local_copy import local_copy
 from poise.launch.networks import NetworkConfig
 from poise.launch.pixels import PixelScale
 from poise.launch.workdir import CONFIG_FILE
@@ -35,7 +36,7 @@ def open_generator(workdir: str, nfe: int) -> Generator:
     """A run's student (one evaluation) or its teacher (any odd number: ``(nfe + 1) / 2`` Heun steps).
 
     Args:
-      workdir: the folder of a finished run, or of a converted teacher.
+      workdir: the folder or address of a finished run, or of a converted teacher.
       nfe: network evaluations per image.
 
     Raises:
@@ -109,7 +110,7 @@ def read_config(workdir: str) -> dict[str, Any]:
 
 
 def _config_file(workdir: str | os.PathLike[str]) -> pathlib.Path:
-    return pathlib.Path(workdir).expanduser() / CONFIG_FILE
+    return local_copy(workdir) / CONFIG_FILE
 
 
 def _read(path: pathlib.Path) -> Any:

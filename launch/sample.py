@@ -5,13 +5,13 @@ One evaluation of the network per image is the student, more are its teacher. Th
 """
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
+from poise.launch.object_store import delivered, settled
 
 _SHOWN = 1024  # images in the grid, at most
 
@@ -34,7 +34,7 @@ class SampleConfig:
         validate(self)
         if not self.workdir:
             raise ConfigError("workdir must name the folder of a finished run, got an empty text")
-        object.__setattr__(self, "workdir", str(pathlib.Path(self.workdir).expanduser()))
+        object.__setattr__(self, "workdir", settled(self.workdir))
         if self.nfe % 2 == 0:
             raise ConfigError(f"nfe must be odd: n Heun steps take 2n - 1 evaluations, got {self.nfe}")
 
@@ -66,14 +66,14 @@ def run(config: SampleConfig) -> None:
     draw = Drawer(found.generate, found.network.image_shape, config.num, labels, config.batch_size)
     images = found.scale.to_pixels(draw(found.variables, jax.random.key(config.seed)))
 
-    output = pathlib.Path(config.output or f"{config.workdir}/samples_nfe{config.nfe}").expanduser()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    place = settled(config.output or f"{config.workdir}/samples_nfe{config.nfe}")
     arrays: dict[str, Any] = {"image": images} if labels is None else {"image": images, "label": labels}
-    with atomic_path(output.with_name(f"{output.name}.npz")) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)
-    grid_picture(output.with_name(f"{output.name}.png"), images[:_SHOWN], found.scale.maximum)
+    with delivered(place) as output:
+        with atomic_path(output.with_name(f"{output.name}.npz")) as temporary, temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        grid_picture(output.with_name(f"{output.name}.png"), images[:_SHOWN], found.scale.maximum)
     evaluations = "1 evaluation" if config.nfe == 1 else f"{config.nfe} evaluations"
-    print(f"{config.num} images with {evaluations} each: {output}.png, {output}.npz")
+    print(f"{config.num} images with {evaluations} each: {place}.png, {place}.npz")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from poise.launch.checkpoint import CheckpointStore, restore_tree
 from poise.launch.errors import LaunchError
 from poise.launch.files import atomic_path
 from poise.launch.leaves import Layout
+from poise.launch.local_copy import local_copy
 from poise.launch.networks import NetworkConfig, check_variables
 from poise.launch.pixels import PixelScale
 
@@ -97,7 +98,7 @@ def read_description(directory: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
       TeacherError: if there is none, it is damaged, or the teacher isn't finished.
     """
-    path = pathlib.Path(directory).expanduser().absolute() / DESCRIPTION
+    path = local_copy(directory, f"00_{PHASE}").absolute() / DESCRIPTION
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -11,14 +11,16 @@ import time
 
 import pytest
 
-from poise.launch import lease, mirror
+from poise.launch import commits, lease, mirror
+from poise.launch.commits import Saved, saved_here
 from poise.launch.config import ConfigError, field
 from poise.launch.execution import ExecutionConfig
+from poise.launch.local_copy import local_copy
 from poise.launch.lock import WorkdirLocked
 from poise.launch.main import launch
 from poise.launch.manifest import CheckpointError
-from poise.launch.mirror import Saved, claimed_workdir, mirror_of, saved_here
-from poise.launch.object_store import ObjectStore, checked_address, is_safe
+from poise.launch.mirror import claimed_workdir, mirror_of
+from poise.launch.object_store import ObjectStore, checked_address, delivered, is_safe, settled
 from poise.launch.workdir import prepare_workdir, workdir_path
 from poise.launch.writers import truncate_jsonl
 
@@ -103,8 +105,8 @@ def objects(store):
 def check_invariants(store):
     """What somebody who comes now finds: every checkpoint whole, and the rows of all steps up to it."""
     names = store.names()
-    for saved in mirror.saved_there(names):
-        files, frozen = mirror.read_commit(saved, store.read(saved.commit))
+    for saved in commits.saved_there(names):
+        files, frozen = commits.read_commit(saved, store.read(saved.commit))
         for name, (size, digest) in {**files, **frozen}.items():
             raw = store.read(name)
             assert (len(raw), hashlib.sha256(raw).hexdigest()) == (size, digest)
@@ -117,7 +119,7 @@ def test_a_run_in_a_store_is_there_whole_and_goes_on_from_any_machine(tmp_path, 
     check_invariants(store)
     names = store.names()
     assert {"config.json", "metrics.jsonl", "report.json"} <= set(names)
-    assert mirror.saved_there(names) == [Saved("00_a", 2), Saved("00_a", 3), Saved("01_b", 4), Saved("01_b", 6)]
+    assert commits.saved_there(names) == [Saved("00_a", 2), Saved("00_a", 3), Saved("01_b", 4), Saved("01_b", 6)]
     before = objects(store)
     assert toy_run() == STEPS  # the same machine
     move_to(tmp_path, monkeypatch, "two")
@@ -127,7 +129,7 @@ def test_a_run_in_a_store_is_there_whole_and_goes_on_from_any_machine(tmp_path, 
     for path in (path for path in first.rglob("*") if path.is_file() and not path.name.startswith(".")):
         assert (second / path.relative_to(first)).read_bytes() == path.read_bytes()
     assert toy_run(steps=8) == STEPS  # longer
-    assert Saved("01_b", 8) in mirror.saved_there(store.names())
+    assert Saved("01_b", 8) in commits.saved_there(store.names())
 
 
 def test_results_come_last_and_other_files_only_when_they_changed(store):
@@ -145,7 +147,7 @@ def assert_same(store, whole):
     check_invariants(store)
     now = objects(store)
     assert {name: now.get(name) for name in whole} == whole
-    left = [saved for saved in mirror.saved_there(store.names()) if saved.commit not in whole]
+    left = [saved for saved in commits.saved_there(store.names()) if saved.commit not in whole]
     for name in now.keys() - whole.keys():
         assert name.startswith(tuple(f"{saved.folder}/" for saved in left)) or name in [saved.commit for saved in left]
     assert len(left) <= 1
@@ -222,7 +224,7 @@ def test_a_refused_upload_costs_nothing_that_this_machine_has(tmp_path, store):
     fake.use(tmp_path / "store")
     assert toy_run() >= 4  # from this machine's own folder
     check_invariants(store)
-    assert mirror.saved_there(store.names())[-1] == Saved("01_b", 6)
+    assert commits.saved_there(store.names())[-1] == Saved("01_b", 6)
 
 
 def test_a_swept_cache_folder_is_filled_again(store):
@@ -262,7 +264,7 @@ def harm(store, saved, damage):
     elif damage == "commit cut":
         store.write(saved.commit, store.read(saved.commit)[:-9])
     elif damage == "commit empty":
-        store.write(saved.commit, mirror.commit_content({}, {}))
+        store.write(saved.commit, commits.commit_content({}, {}))
     else:
         store.write(saved.commit, store.read(saved.commit).replace(b'"format": 1', b'"format": 2'))
 
@@ -287,7 +289,7 @@ def test_rows_of_an_abandoned_future_do_not_meet_its_checkpoint(tmp_path, monkey
             pass
         fake.use(tmp_path / "store")
         steps = [json.loads(line)["step"] for line in store.read("metrics.jsonl").splitlines()]
-        assert all(saved.step <= len(steps) for saved in mirror.saved_there(store.names()))
+        assert all(saved.step <= len(steps) for saved in commits.saved_there(store.names()))
         kill += 1
     assert kill > 5
     assert objects(store) == whole
@@ -295,7 +297,7 @@ def test_rows_of_an_abandoned_future_do_not_meet_its_checkpoint(tmp_path, monkey
 
 def test_all_checkpoints_damaged_is_told_and_nothing_is_removed(tmp_path, monkeypatch, store):
     toy_run()
-    for saved in mirror.saved_there(store.names()):
+    for saved in commits.saved_there(store.names()):
         harm(store, saved, "cut")
     before = objects(store)
     move_to(tmp_path, monkeypatch, "two")
@@ -358,21 +360,21 @@ HOSTILE = [
 def test_a_list_of_files_cannot_lead_out_of_its_checkpoint(store, name, part):
     parts = [{"checkpoints/01_b/6/x": (1, "0" * 64)}, {}]
     parts[part] = {**parts[part], name: (3, hashlib.sha256(b"bad").hexdigest())}
-    with pytest.raises(mirror.BadCommit, match="which is none of its own"):
-        mirror.read_commit(Saved("01_b", 6), mirror.commit_content(*parts))
+    with pytest.raises(commits.BadCommit, match="which is none of its own"):
+        commits.read_commit(Saved("01_b", 6), commits.commit_content(*parts))
 
 
 @pytest.mark.parametrize("raw", [b"", b"[]", b"\xff", b"null", b'{"sha256": 1}', b"[" * 100_000, b'{"format": 1}'])
 def test_a_list_of_files_that_is_none_is_damage(raw):
-    with pytest.raises(mirror.BadCommit, match="damaged"):
-        mirror.read_commit(Saved("01_b", 6), raw)
+    with pytest.raises(commits.BadCommit, match="damaged"):
+        commits.read_commit(Saved("01_b", 6), raw)
 
 
 def test_objects_with_hostile_names_stay_where_they_are(tmp_path, monkeypatch, store):
     toy_run()
     for name in ("../../escaped", "a/../../../escaped", "a\\b", "x//y", ".owner", ".lock"):
         fake.LocalStore().pipe_file(f"gs://bucket/run/{name}", b"bad")
-    hostile = mirror.commit_content({"checkpoints/01_b/6/../../../../escaped": (3, "0" * 64)}, {})
+    hostile = commits.commit_content({"checkpoints/01_b/6/../../../../escaped": (3, "0" * 64)}, {})
     store.write(Saved("01_b", 6).commit, hostile)
     move_to(tmp_path, monkeypatch, "two")
     assert toy_run() == 4
@@ -534,7 +536,7 @@ def test_a_run_that_lost_its_address_writes_nothing_more(tmp_path, monkeypatch, 
     with pytest.raises(CheckpointError, match=r"was taken over by another launcher \(process 7 on two\)"):
         toy_run(after_row=takeover)
     later = objects(store)
-    assert Saved("01_b", 6) not in mirror.saved_there(later)
+    assert Saved("01_b", 6) not in commits.saved_there(later)
     assert later["metrics.jsonl"] == seen["metrics.jsonl"]
     assert store.read(".lease/00000002.json")
 
@@ -592,3 +594,89 @@ def test_waiting_for_more_than_a_second_is_told(tmp_path, capsys):
     fake.use(tmp_path / "store", slow=0.25)
     toy_run(steps=2)
     assert "bringing the checkpoint up to gs://bucket/run ..." in capsys.readouterr().err
+
+
+# Runs that are looked at
+
+
+def test_a_copy_has_the_results_and_the_newest_checkpoint_alone(store):
+    toy_run()
+    changes = len(fake.LocalStore.changes)
+    assert sorted(path.name for path in local_copy(RUN).iterdir()) == ["config.json", "metrics.jsonl", "report.json"]
+    folder = local_copy(RUN, "")
+    assert saved_here(folder) == [Saved("01_b", 6)]
+    assert folder != workdir_path(RUN)
+    assert local_copy(f"{RUN}/checkpoints/00_a") == folder / "checkpoints" / "00_a"
+    assert saved_here(folder) == [Saved("00_a", 3), Saved("01_b", 6)]
+    assert (local_copy(f"{RUN}/checkpoints/00_a/2") / "state" / "d" / "0").read_text() == content(2)["state/d/0"]
+    assert len(fake.LocalStore.changes) == changes  # a reader writes nothing
+    store.remove("report.json")
+    store.write("metrics.jsonl", b"{}\n")
+    harm(store, Saved("01_b", 6), "cut")
+    shutil.rmtree(folder / "checkpoints" / "01_b")
+    folder = local_copy(RUN, "01_b")
+    assert saved_here(folder)[-1] == Saved("01_b", 4)  # the newest that is whole
+    assert (folder / "metrics.jsonl").read_text() == "{}\n"
+    assert not (folder / "report.json").exists()
+    harm(store, Saved("01_b", 4), "missing")
+    shutil.rmtree(folder / "checkpoints" / "01_b")
+    with pytest.raises(CheckpointError, match=r"the checkpoint gs://bucket/run/checkpoints is damaged: its object"):
+        local_copy(RUN, "01_b")
+
+
+def test_a_copy_of_a_run_that_is_open_here_is_its_own_folder():
+    prepare_workdir(RUN)
+    with claimed_workdir(RUN):
+        assert local_copy(RUN) == workdir_path(RUN)
+
+
+def test_a_copy_of_what_somebody_copied_there(store):
+    for name, text in content(7).items():
+        store.write(f"checkpoints/00_a/7/{name}", text.encode())
+    assert saved_here(local_copy(RUN, "")) == [Saved("00_a", 7)]
+
+
+def test_readers_say_that_an_address_has_no_run(store):
+    from poise.launch.export import load_student
+    from poise.launch.runs import read_config
+    from poise.launch.teachers import TeacherError, read_description
+
+    assert read_config(RUN) == {}
+    store.write("config.json", b'{"seed": 3}')
+    assert read_config(RUN) == {"seed": 3}
+    with pytest.raises(FileNotFoundError, match="is the run finished"):
+        load_student(RUN)
+    with pytest.raises(TeacherError, match="there is no teacher in"):
+        read_description(RUN)
+
+
+def test_results_of_a_command_are_brought_to_an_address(tmp_path, store):
+    with delivered(f"{RUN}/samples") as path:
+        path.with_name("samples.png").write_bytes(b"picture")
+        path.with_name("samples.npz").write_bytes(b"arrays")
+    assert objects(store) == {"samples.png": b"picture", "samples.npz": b"arrays"}
+
+    def fail():
+        with delivered(f"{RUN}/other") as path:
+            path.write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert "other" not in store.names()
+
+
+def test_places_of_configurations():
+    from poise.launch.distill import DistillConfig
+    from poise.launch.ptq import PTQConfig
+    from poise.launch.report import ReportConfig, run_names
+    from poise.launch.sample import SampleConfig
+
+    assert settled("gs://bucket/run/") == "gs://bucket/run"
+    assert settled("~/x") == str(pathlib.Path.home() / "x")
+    assert DistillConfig(teacher="gs://bucket/teacher").teacher == "gs://bucket/teacher"
+    assert PTQConfig(checkpoint="gs://bucket/qat").checkpoint == "gs://bucket/qat"
+    assert SampleConfig(workdir="gs://bucket/run").workdir == "gs://bucket/run"
+    with pytest.raises(ConfigError, match="must be different folders"):
+        ReportConfig(runs=("gs://bucket/run", "gs://bucket/run/"))
+    assert run_names(["gs://bucket/a", "gs://bucket/b/"]) == ["a", "b"]
