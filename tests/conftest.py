@@ -1,5 +1,6 @@
 """Shared set-up: 8 simulated devices, compilation and garbage that cost little, and the folder of golden files."""
 
+import functools
 import gc
 import importlib.metadata
 import os
@@ -51,3 +52,17 @@ def pytest_generate_tests(metafunc):
     if marker and "golden_file" in metafunc.fixturenames:
         files = golden_files(*marker.args)
         metafunc.parametrize("golden_file", files, ids=[file.stem for file in files])
+
+
+@pytest.fixture(scope="session")
+def quick_jit():
+    """`jax.jit` that spends less time on optimizing, for programs that run once or twice."""
+    import jax
+    import jax.numpy as jnp
+
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(jnp.negative, compiler_options=options)(1.0)
+    except jax.errors.JaxRuntimeError:  # the second option is not known to every version of XLA
+        options.popitem()
+    return functools.partial(jax.jit, compiler_options=options)

@@ -1,4 +1,4 @@
-"""The kappas of the reference trajectories, built from the numbers in their file."""
+"""What the reference trajectories need: kappas built from the numbers in their file, and parameter trees."""
 
 import numpy as np
 import pytest
@@ -31,3 +31,20 @@ def reference_kappas(hparams: dict) -> dict[str, kappas.Kappa]:
 @pytest.fixture(name="reference_kappas")
 def reference_kappas_fixture():
     return reference_kappas
+
+
+def both_layouts(data, key, count, lead):
+    """A tree with every other weight as Flax's kernel (*window, in, out), the rest as a table in PyTorch's layout."""
+    out = {}
+    for i in range(count):
+        x = data[f"p{i}_{key}"]
+        rank = x.ndim - lead
+        order = (*range(2, rank), 1, 0) if rank > 1 else range(rank)
+        flax = x.transpose((*range(lead), *(lead + axis for axis in order)))
+        out[f"layer{i}"] = {"kernel": flax} if i % 2 == 0 else {"embedding": x}
+    return out
+
+
+@pytest.fixture(name="both_layouts")
+def both_layouts_fixture():
+    return both_layouts

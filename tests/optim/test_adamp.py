@@ -33,21 +33,9 @@ def trajectory(params, grads, lrs, nesterov, **options):
     return weights, state
 
 
-def both_layouts(data, key, count, lead):
-    """A tree with every other weight as Flax's kernel (*window, in, out), the rest as a table in PyTorch's layout."""
-    out = {}
-    for i in range(count):
-        x = data[f"p{i}_{key}"]
-        rank = x.ndim - lead
-        order = (*range(2, rank), 1, 0) if rank > 1 else range(rank)
-        flax = x.transpose((*range(lead), *(lead + axis for axis in order)))
-        out[f"layer{i}"] = {"kernel": flax} if i % 2 == 0 else {"embedding": x}
-    return out
-
-
 @pytest.mark.golden
 @pytest.mark.golden_pattern("optim", "adamp_*.npz")
-def test_official_trajectory(golden_file):
+def test_official_trajectory(golden_file, both_layouts):
     """All parameters, some in each layout: weights after every step and moments at the end."""
     data = np.load(golden_file)
     hparams = json.loads(str(data["hparams"]))
