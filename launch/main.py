@@ -77,7 +77,7 @@ def launch(
 
             only_main(claim)
             if several():
-                agree(lambda: check_shared(workdir, token))
+                agree(lambda: check_shared(workdir, token, config.workdir))
                 only_main(lambda: unmark_shared(workdir))
             set_up_jax(config)
             run(config, workdir)

@@ -112,14 +112,24 @@ def mark_shared(workdir: pathlib.Path, token: str) -> None:
         temporary.write_text(token, encoding="utf-8")
 
 
-def check_shared(workdir: pathlib.Path, token: str) -> None:
+def check_shared(workdir: pathlib.Path, token: str, address: str = "") -> None:
     """Makes sure that this process sees the folder that process 0 marked, and not one of the same name.
+
+    Args:
+      workdir: the folder.
+      token: what process 0 wrote there.
+      address: that of the run, where it is in an object store and the folder is process 0's for it.
 
     Raises:
       ConfigError: naming the folder.
     """
     path = workdir / SHARED_FILE
     if not path.is_file() or path.read_text(encoding="utf-8") != token:
+        if is_address(address):
+            raise ConfigError(
+                f"the workdir {address} is for processes of one machine, which share the folder {workdir}; one of them "
+                "doesn't see what process 0 wrote there: on several machines mount the bucket, and name the folder"
+            )
         raise ConfigError(
             f"the workdir {workdir} must be on a file system that all processes share; one of them doesn't see what "
             "process 0 wrote there"

@@ -158,6 +158,36 @@ def test_sigterm_brings_everything_up_before_it_leaves(tmp_path, environment, un
     assert bits_in(tmp_path / "two") == undisturbed
 
 
+def two_processes(environment, store, scratches, *flags):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = (f"--coordinator_address=127.0.0.1:{free.getsockname()[1]}", "--num_processes=2")
+    own = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "tiny_store.py"), str(store), str(scratch), "-1", f"--workdir={RUN}", *where,
+             f"--process_id={number}", *flags],
+            env=environment | own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for number, scratch in enumerate(scratches)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], errors
+
+
+@pytest.mark.slow
+def test_two_processes_of_one_machine_and_two_of_two(tmp_path, environment):
+    one, two, other = (tmp_path / name for name in ("one", "two", "other"))
+    codes, errors = two_processes(environment, tmp_path / "store", (one, other))
+    assert set(codes) <= {2, -signal.SIGABRT}, errors
+    assert any(f"the workdir {RUN} is for processes of one machine" in text for text in errors)
+    codes, errors = two_processes(environment, tmp_path / "store", (one, one))
+    assert codes == [0, 0], errors
+    done = launch(environment, tmp_path / "store", two, -1, RUN)
+    assert json.loads(done.stdout) == {"steps_trained": 0, "restored": ["student", 12]}, done.stderr
+    assert bits_in(two) == bits_in(one)
+
+
 @pytest.fixture
 def emulator(environment):
     """Google's protocol, spoken by another program than the one that is tested."""

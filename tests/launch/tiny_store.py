@@ -1,6 +1,7 @@
 """The tiny run with an object store for its workdir: ``tiny_store.py STORE SCRATCH KILL_AFTER ARGUMENTS...``.
 
-STORE is the folder that ``gs://`` leads to; SIGKILL comes instead of the change of it after KILL_AFTER many.
+STORE is the folder that ``gs://`` leads to, or ``gcsfs`` for the real thing; SIGKILL comes instead of the change of it after
+KILL_AFTER many.
 """
 
 import importlib.util
@@ -23,4 +24,7 @@ if __name__ == "__main__":
     if store != "gcsfs":
         load("local_store").use(store, kill_after=int(kill_after))
     lease.EXPIRES_SECONDS = 0.5  # of the killed one, which nobody waits for here
+    if "--num_processes=2" in sys.argv:
+        hosts = load("tiny_hosts")
+        sys.exit(hosts.launch(hosts.Config, {}, sys.argv[1:], hosts.run, prog="tiny_hosts", description=""))
     sys.exit(load("tiny_run").main())
