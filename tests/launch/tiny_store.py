@@ -1,6 +1,6 @@
 """The tiny run with an object store for its workdir: ``tiny_store.py STORE SCRATCH KILL_AFTER ARGUMENTS...``.
 
-STORE is the folder that ``gs://`` leads to, or ``gcsfs`` for the real thing; SIGKILL comes instead of the change of it after
+STORE is the folder that ``gs://`` leads to, or ``gcsfs`` for the real thing. SIGKILL comes instead of the change after
 KILL_AFTER many.
 """
 
