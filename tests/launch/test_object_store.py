@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -207,7 +208,7 @@ def emulator(environment):
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 break
-        process.poll()
+        time.sleep(0.05)
     yield environment | own
     process.kill()
     process.wait()
