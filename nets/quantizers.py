@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from poise.core.arguments import check_range
 from poise.core.arrays import at_least_float32
 from poise.quant.checks import Axis
 from poise.quant.lsq import lsq, lsq_init
+from poise.quant.qdrop import qdrop
 from poise.quant.qparams import absmax_scale
 from poise.quant.rules import QuantRule, match_rule
 from poise.quant.uniform import fake_quantize
@@ -92,7 +94,9 @@ def activation_axes(axis: Axis | str, ndim: int) -> Axis:
     return axis  # pyright: ignore[reportReturnType]
 
 
-def activation_quantization(rules: Sequence[QuantRule]) -> Callable[..., Any]:
+def activation_quantization(
+    rules: Sequence[QuantRule], *, drop: float | int | Float[Array, ""] | None = None
+) -> Callable[..., Any]:
     r"""An interceptor that quantizes what enters the layers that rules name; no module is edited.
 
     Inside of ``flax.linen.intercept_methods`` the input of every Dense, DenseGeneral, Einsum and convolution whose rule
@@ -103,12 +107,14 @@ def activation_quantization(rules: Sequence[QuantRule]) -> Callable[..., Any]:
 
     Args:
       rules: the first match wins. The path of a layer is that of its weight, ``"block_0/fc1/kernel"``.
+      drop: the probability that an entry is quantized, in :func:`poise.quant.qdrop`, where the model is applied with
+        ``rngs={"qdrop": key}``. Without that stream, as at inference, and with None, everything is quantized.
 
     Returns:
       A function for ``flax.linen.intercept_methods``.
 
     Raises:
-      ValueError: when a layer is called, if its input does not suit its rule.
+      ValueError: if ``drop`` is outside of [0, 1]; when a layer is called, if its input does not suit its rule.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -123,6 +129,7 @@ def activation_quantization(rules: Sequence[QuantRule]) -> Callable[..., Any]:
       {'layers_0': {'act_quantizer': {'step': (1, 1)}}, 'layers_2': {'act_quantizer': {'step': (1, 1)}}}
     """
     rules = tuple(rules)
+    check_range("drop", drop, 0.0, 1.0)
 
     def quantized(x: Array, rule: QuantRule, bits: int) -> Array:
         axis = activation_axes(rule.act_axis, x.ndim)
@@ -140,8 +147,10 @@ def activation_quantization(rules: Sequence[QuantRule]) -> Callable[..., Any]:
         rule = match_rule(rules, "/".join((*module.path, "kernel")))
         if rule is None or rule.act_bits is None:
             return next_fun(*args, **kwargs)
-        if args:
-            return next_fun(quantized(args[0], rule, rule.act_bits), *args[1:], **kwargs)
-        return next_fun(**{**kwargs, "inputs": quantized(kwargs["inputs"], rule, rule.act_bits)})
+        x = args[0] if args else kwargs["inputs"]
+        y = quantized(x, rule, rule.act_bits)
+        if drop is not None and module.has_rng("qdrop"):
+            y = qdrop(module.make_rng("qdrop"), x, y, drop)
+        return next_fun(y, *args[1:], **kwargs) if args else next_fun(**{**kwargs, "inputs": y})
 
     return interceptor

@@ -63,7 +63,8 @@ from poise.quant.quantized_tensor import (
     tree_nbytes,
 )
 from poise.quant.quantizers import LRQ, AdaRound, FlexRound, Nupes, Quantizer
-from poise.quant.reconstruct import apply_quantizers, reconstruct, reconstruct_blocks, reconstruction_loss
+from poise.quant.reconstruct import apply_quantizers, reconstruct, reconstruct_blocks, reconstruct_with_activations
+from poise.quant.reconstruction import reconstruction_loss
 from poise.quant.rounding import clamp_inclusive, grad_scale, round_ste
 from poise.quant.rules import QuantRule, apply_weight_quant, init_weight_qparams, match_rule, quantized_weights
 from poise.quant.statsq import high_confidence_mask, statsq, statsq_codes
@@ -148,6 +149,7 @@ __all__ = [
     "quantizers_of",
     "reconstruct",
     "reconstruct_blocks",
+    "reconstruct_with_activations",
     "reconstruction_loss",
     "round_ste",
     "soft_round",

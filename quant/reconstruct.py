@@ -2,49 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from poise.core.arguments import check_count, check_range, concrete
-from poise.core.arrays import at_least_float32
-from poise.optim.leaves import path_names
-from poise.quant.qdrop import qdrop
 from poise.quant.quantizers import Quantizer
+from poise.quant.reconstruction import BlockApply, Layers, layers_of, learn_block, replaced
 from poise.quant.rules import QParams
 
 Apply = Callable[[PyTree, Array], Array]
-Layers = Quantizer | Mapping[str, Quantizer]
-
-
-def reconstruction_loss(out: Float[Array, "..."], target: Float[Array, "..."]) -> Float[Array, ""]:
-    """The squared error, summed over axis 1 (features, tokens or rows of an image) and averaged over the others.
-
-    This is the reference code's loss, which learning rates go with.
-
-    Args:
-      out: of the quantized block, with at least two axes.
-      target: of the float block.
-
-    Returns:
-      A scalar, summed in at least float32.
-
-    Raises:
-      ValueError: if the shapes differ or have fewer than two axes.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from poise.quant import reconstruction_loss
-      >>> float(reconstruction_loss(jnp.ones((5, 3)), jnp.zeros((5, 3))))
-      3.0
-    """
-    if jnp.shape(out) != jnp.shape(target) or jnp.ndim(out) < 2:
-        raise ValueError(f"target must have the shape of the block's output, got {target.shape} for {out.shape}")
-    return jnp.mean(jnp.sum(jnp.square(at_least_float32(out) - at_least_float32(target)), axis=1))
+_NONE = optax.identity()  # of no activations
 
 
 def reconstruct(
@@ -106,31 +74,111 @@ def reconstruct(
     References:
       *BRECQ*, https://arxiv.org/abs/2102.05426, and *FlexRound*, https://arxiv.org/abs/2306.00317.
     """
-    check_count("steps", steps)
-    check_range("drop", drop, 0.0, 1.0)
-    if jnp.ndim(x) < 1 or not jnp.shape(x)[0]:
-        raise ValueError(f"x must have at least one example to calibrate on, got shape {jnp.shape(x)}")
-    examples = x.shape[0]
-    if jnp.ndim(target) < 1 or target.shape[0] != examples:
-        raise ValueError(f"target must have the {examples} examples of x, got shape {jnp.shape(target)}")
-    if x_float is not None and x_float.shape != x.shape:
-        raise ValueError(f"x_float must have the shape of x, {x.shape}, got {x_float.shape}")
-    if batch_size is not None:
-        check_count("batch_size", batch_size, 1, examples)
-    out = jax.eval_shape(block_apply, params, x)
-    if out.shape != target.shape:
-        raise ValueError(f"target must have the shape of the block's output, {out.shape}, got {target.shape}")
-    layers = _layers(params, quantizer)
-    weights = _weights(params)
-    keys = jax.random.split(key, len(layers) + 1)
-    qparams = {path: layer.init(weights[path], k) for (path, layer), k in zip(layers, keys[1:], strict=True)}
-    run = _run(block_apply, layers, optimizer, steps, batch_size, float(drop))
-    qparams, losses = run(params, qparams, x, target, x_float, keys[0])
-    known = concrete(losses)
-    if known is not None and not np.isfinite(known).all():
-        step = int(np.argmin(np.isfinite(known)))
-        raise ValueError(f"the loss of {name} became {known[step]} at step {step}: lower the learning rate")
+    qparams, _, losses = learn_block(
+        _alone(block_apply),
+        params,
+        {},
+        x,
+        target,
+        quantizer=quantizer,
+        optimizer=optimizer,
+        activation_optimizer=_NONE,
+        steps=steps,
+        key=key,
+        batch_size=batch_size,
+        x_float=x_float,
+        drop=drop,
+        name=name,
+    )
     return qparams, losses
+
+
+def reconstruct_with_activations(
+    block_apply: BlockApply,
+    params: PyTree,
+    activations: PyTree,
+    x: Array,
+    target: Array,
+    *,
+    quantizer: Layers,
+    optimizer: optax.GradientTransformation,
+    activation_optimizer: optax.GradientTransformation,
+    steps: int,
+    key: PRNGKeyArray,
+    batch_size: int | None = None,
+    x_float: Array | None = None,
+    drop: float | int | None = 0.5,
+    name: str = "block",
+) -> tuple[QParams, PyTree, Float[Array, " steps"]]:
+    r"""Learns how a block's weights are rounded and, with them, what quantizes its activations: QDrop.
+
+    It is :func:`reconstruct` with a second tree that is learned on the same loss, by an optimizer of its own.
+
+    Args:
+      block_apply: ``(params, x, activations, key) -> out``, which quantizes its activations with ``activations``: all
+        of them where the key is None, as at inference; else at random, see
+        ``poise.nets.activation_quantization(rules, drop=0.5)``, which takes the key as ``rngs={"qdrop": key}``.
+      params: the block's float parameters.
+      activations: what is learned of the activations, to start with, such as steps of :func:`lsq_init`: a tree of
+        floats.
+      x: its inputs, examples first, from the blocks before it as they are after quantization.
+      target: the float block's output on the float network's inputs.
+      quantizer: as in :func:`reconstruct`.
+      optimizer: of what the quantizers of the weights learn.
+      activation_optimizer: of ``activations``; ``optax.set_to_zero()`` leaves them as they are.
+      steps: of both optimizers.
+      key: draws the batches, and what is dropped.
+      batch_size: examples a step; None for all at once.
+      x_float: the float network's inputs; if given, :func:`qdrop` mixes them with ``x``.
+      drop: the probability of an entry of ``x`` in that mixture. With None nothing is dropped: the inputs are ``x`` and
+        the block gets no key.
+      name: of the block, for messages.
+
+    Returns:
+      ``qparams`` by path as of :func:`reconstruct`, the learned ``activations``, and the loss before each step, without
+      the regularizer.
+
+    Raises:
+      ValueError: as :func:`reconstruct`, or if ``activations`` holds no array.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> from poise.quant import FlexRound, lsq, lsq_init, qdrop, reconstruct_with_activations
+      >>> params = {"kernel": jax.random.normal(jax.random.key(0), (8, 4))}
+      >>> x = jax.random.normal(jax.random.key(1), (32, 8))
+      >>> def apply(params, x, activations, key):
+      ...     quantized = lsq(x, activations["step"], bits=3, axis=None)
+      ...     return (quantized if key is None else qdrop(key, x, quantized, 0.5)) @ params["kernel"]
+      >>> start = {"step": lsq_init(x, bits=3, axis=None)}
+      >>> qparams, activations, losses = reconstruct_with_activations(
+      ...     apply, params, start, x, x @ params["kernel"], quantizer=FlexRound(bits=3), optimizer=optax.adam(3e-3),
+      ...     activation_optimizer=optax.adam(1e-3), steps=20, key=jax.random.key(2))
+      >>> bool(activations["step"][0, 0] != start["step"][0, 0]), losses.shape
+      (True, (20,))
+
+    References:
+      Wei et al., *QDrop: Randomly Dropping Quantization for Extremely Low-bit Post-Training Quantization*,
+      https://arxiv.org/abs/2203.05740. The released code draws one mixture for each output of a layer, here each
+      quantizer draws its own.
+    """
+    if not jax.tree.leaves(activations):
+        raise ValueError("activations must hold at least one array to learn, got none")
+    return learn_block(
+        block_apply,
+        params,
+        activations,
+        x,
+        target,
+        quantizer=quantizer,
+        optimizer=optimizer,
+        activation_optimizer=activation_optimizer,
+        steps=steps,
+        key=key,
+        batch_size=batch_size,
+        x_float=x_float,
+        drop=drop,
+        name=name,
+    )
 
 
 def apply_quantizers(params: PyTree, qparams: QParams, quantizer: Layers) -> PyTree:
@@ -155,10 +203,10 @@ def apply_quantizers(params: PyTree, qparams: QParams, quantizer: Layers) -> PyT
       >>> apply_quantizers(params, qparams, quantizer)["kernel"].shape
       (2, 2)
     """
-    layers = _layers(params, quantizer)
+    layers = layers_of(params, quantizer)
     if missing := [path for path, _ in layers if path not in qparams]:
         raise ValueError(f"qparams must hold every quantized weight, got none for {', '.join(missing)}")
-    return _replace(params, {path: (lambda w, p=path, q=layer: q.hard(w, qparams[p])) for path, layer in layers})
+    return replaced(params, {path: (lambda w, p=path, q=layer: q.hard(w, qparams[p])) for path, layer in layers})
 
 
 def reconstruct_blocks(
@@ -237,79 +285,6 @@ def reconstruct_blocks(
 
 
 @functools.lru_cache(maxsize=32)
-def _run(
-    apply: Apply,
-    layers: tuple[tuple[str, Quantizer], ...],
-    optimizer: optax.GradientTransformation,
-    steps: int,
-    batch_size: int | None,
-    drop: float,
-) -> Callable[..., tuple[QParams, Array]]:
-    """All steps, compiled once for blocks that are alike."""
-
-    def split(qparams: QParams) -> tuple[QParams, QParams]:
-        """What is learned, and what is kept."""
-        parts: tuple[QParams, QParams] = ({}, {})
-        for path, layer in layers:
-            for kept, part in enumerate(parts):
-                part[path] = {k: v for k, v in qparams[path].items() if (k not in layer.learned) == bool(kept)}
-        return parts
-
-    def loss(learned: QParams, fixed: QParams, params: PyTree, x: Array, target: Array, step: Array):
-        merged = {path: {**fixed[path], **learned[path]} for path, _ in layers}
-        soft = {path: (lambda w, p=path, q=layer: q.soft(w, merged[p], step, steps)) for path, layer in layers}
-        error = reconstruction_loss(apply(_replace(params, soft), x), target)
-        penalty = sum((layer.regularizer(merged[path], step, steps) for path, layer in layers), start=jnp.zeros(()))
-        return error + penalty, error
-
-    @jax.jit
-    def run(params: PyTree, qparams: QParams, x: Array, target: Array, x_float: Array | None, key: Array):
-        learned, fixed = split(qparams)
-
-        def body(carry: Any, step: Array) -> Any:
-            learned, state = carry
-            rows_key, drop_key = jax.random.split(jax.random.fold_in(key, step))
-            batch, wanted, plain = x, target, x_float
-            if batch_size is not None:
-                rows = jax.random.choice(rows_key, x.shape[0], (batch_size,), replace=False)
-                batch, wanted = x[rows], target[rows]
-                plain = None if x_float is None else x_float[rows]
-            if plain is not None:
-                batch = qdrop(drop_key, plain, batch, drop)
-            gradients, error = jax.grad(loss, has_aux=True)(learned, fixed, params, batch, wanted, step)
-            updates, state = optimizer.update(gradients, state, learned)
-            return (optax.apply_updates(learned, updates), state), error
-
-        start: Any = (learned, optimizer.init(learned))
-        (learned, _), losses = jax.lax.scan(body, start, jnp.arange(1, steps + 1))
-        return {path: {**fixed[path], **learned[path]} for path, _ in layers}, losses
-
-    return run
-
-
-def _weights(params: PyTree) -> dict[str, Array]:
-    return {"/".join(path_names(path)): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-
-
-def _layers(params: PyTree, quantizer: Layers) -> tuple[tuple[str, Quantizer], ...]:
-    """The quantizers by path, in the order of the tree's leaves."""
-    weights = _weights(params)
-    if isinstance(quantizer, Quantizer):
-        chosen = {
-            path: quantizer
-            for path, leaf in weights.items()
-            if jnp.ndim(leaf) >= 2 and jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-        }
-    else:
-        chosen = dict(quantizer)
-        if unknown := sorted(chosen.keys() - weights.keys()):
-            raise ValueError(f"quantizer must name weights of the block, got {', '.join(unknown)}")
-    if not chosen:
-        raise ValueError("quantizer must be for at least one weight, got none: weights have two axes or more")
-    return tuple((path, chosen[path]) for path in weights if path in chosen)
-
-
-def _replace(params: PyTree, new: Mapping[str, Callable[[Array], Array]]) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: new.get("/".join(path_names(path)), lambda w: w)(leaf), params
-    )
+def _alone(apply: Apply) -> BlockApply:
+    """A block that is handed no steps of activations and no key; one function for each block, so compiled once."""
+    return lambda params, x, activations, key: apply(params, x)

@@ -114,6 +114,52 @@ def test_a_trained_model_is_calibrated_later_and_its_parameters_are_the_same(qui
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), {"params": params, **calibrated}, fresh)
 
 
+def test_entries_are_quantized_at_random_where_there_is_a_stream_of_keys(quick_jit):
+    """With probability 1 and without the stream it is plain quantization, with 0 the layers see floats."""
+    x = draw(3, 6, 4)
+    with nn.intercept_methods(activation_quantization(RULES)):
+        variables = quick_jit(Net().init)(jax.random.key(0), x)
+        plain = quick_jit(Net().apply)(variables, x)
+
+    @quick_jit
+    def run(drop, seed):
+        with nn.intercept_methods(activation_quantization(RULES, drop=drop)):
+            mixed = Net().apply(variables, x, rngs={"qdrop": jax.random.key(seed)})
+            return mixed, Net().apply(variables, x), Net().apply(variables, x, rngs={"dropout": jax.random.key(seed)})
+
+    floats = quick_jit(Net().apply)({"params": variables["params"]}, x)
+    for drop, expected in ((1.0, plain), (0.0, floats)):
+        mixed, *without = run(drop, 0)
+        np.testing.assert_allclose(mixed, expected, rtol=0, atol=1e-6)
+        for y in without:
+            np.testing.assert_allclose(y, plain, rtol=0, atol=1e-6)
+    one, again, other = (run(0.5, seed)[0] for seed in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).any()
+    assert (one != plain).any()
+
+
+class Twins(nn.Module):
+    """Two layers that hand on what they get."""
+
+    @nn.compact
+    def __call__(self, x):
+        same = nn.initializers.constant(jnp.eye(x.shape[-1]))
+        return [nn.Dense(x.shape[-1], use_bias=False, kernel_init=same, name=name)(x) for name in ("one", "two")]
+
+
+def test_each_layer_draws_its_own_entries_with_the_probability():
+    x = draw(40, 50)
+    with nn.intercept_methods(activation_quantization([QuantRule(".*", act_bits=2)], drop=0.3)):
+        plain, variables = Twins().init_with_output(jax.random.key(0), x)
+        mixed = Twins().apply(variables, x, rngs={"qdrop": jax.random.key(1)})
+    chosen = [np.isclose(y, whole, rtol=1e-6) for y, whole in zip(mixed, plain, strict=True)]
+    for y, whole, rows in zip(mixed, plain, chosen, strict=True):
+        np.testing.assert_allclose(y, np.where(rows, whole, x), rtol=1e-6)
+        assert 0.25 < rows.mean() < 0.35
+    assert (chosen[0] != chosen[1]).any()
+
+
 def test_layers_without_a_rule_are_left_alone():
     x = draw(3, 6, 4)
     with nn.intercept_methods(activation_quantization([QuantRule("nothing", act_bits=2), QuantRule(".*")])):
@@ -131,6 +177,8 @@ def test_bad_input():
     ]:
         with pytest.raises(ValueError, match=message):
             quantizer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match="drop must lie in"):
+        activation_quantization(RULES, drop=1.5)
 
 
 def test_another_number_of_tokens_is_refused():
