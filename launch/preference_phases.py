@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from poise.attention import dot_product_attention
-from poise.core import Algorithm
+from poise.core import Algorithm, fold_in_examples, mean_over, sum_over
 from poise.launch.activations import with_activations
 from poise.launch.data import InMemory
 from poise.launch.phase import Phase
@@ -99,13 +99,20 @@ def make_look(config: "PreferenceConfig", method: str, model: Transformer) -> Ca
       model: the decoder.
 
     Returns:
-      ``(trained, ref, tokens, mask, key=None) -> Seen``; with a key learned masks have dropout.
+      ``(trained, ref, tokens, mask, keys=None) -> Seen``; with a key for each text learned masks have dropout.
     """
     net = SparseTokenMask(config.num_layers, dropout=config.mask_dropout)
 
-    def look(
-        trained: dict[str, PyTree], ref: PyTree, tokens: Array, mask: Array, key: PRNGKeyArray | None = None
-    ) -> Seen:
+    def mask_of(variables: PyTree, hidden: Array, keys: Array | None, index: int) -> Array:
+        if keys is None:
+            return cast(Array, net.apply(variables, hidden))
+
+        def one(hidden: Array, key: Array) -> Any:
+            return net.apply(variables, hidden, train=True, rngs={"dropout": jax.random.fold_in(key, index)})
+
+        return jax.vmap(one, in_axes=(1, 0))(hidden, keys)
+
+    def look(trained: dict[str, PyTree], ref: PyTree, tokens: Array, mask: Array, keys: Array | None = None) -> Seen:
         logits = cast(Any, model).apply(trained["policy"], tokens[:, :-1])
         base, activations = with_activations(model, ref, tokens[:, :-1])
         labels = tokens[:, 1:]
@@ -114,10 +121,10 @@ def make_look(config: "PreferenceConfig", method: str, model: Transformer) -> Ca
             fixed = mapo_mask(activations._asdict(), mask)
             weights = (fixed, fixed)
         elif mask_names(method):
-            found = []
-            for i, name in enumerate(mask_names(method)):
-                rngs = None if key is None else {"dropout": jax.random.fold_in(key, i)}
-                found.append(net.apply(trained["masks"][name], activations.residual, train=key is not None, rngs=rngs))
+            found = [
+                mask_of(trained["masks"][name], activations.residual, keys, i)
+                for i, name in enumerate(mask_names(method))
+            ]
             weights = (found[0], found[-1])
         return Seen(
             token_logprobs(logits, labels, mask),
@@ -130,8 +137,14 @@ def make_look(config: "PreferenceConfig", method: str, model: Transformer) -> Ca
     return look
 
 
-def pretrain_algorithm(config: "PreferenceConfig", model: Transformer) -> Algorithm:
-    """Language modelling: the mean log-loss of the tokens that count."""
+def pretrain_algorithm(config: "PreferenceConfig", model: Transformer, axis_name: str | None = None) -> Algorithm:
+    """Language modelling: the mean log-loss of the tokens that count.
+
+    Args:
+      config: the run's settings.
+      model: the decoder.
+      axis_name: of the devices that share a batch under pmap.
+    """
     optimizer = optax.adam(config.pretrain_learning_rate)
 
     def init(key, batch):
@@ -141,12 +154,13 @@ def pretrain_algorithm(config: "PreferenceConfig", model: Transformer) -> Algori
     def step(state, batch, key):
         del key
         tokens, mask = batch["tokens"], batch["mask"]
+        count = jnp.maximum(sum_over(axis_name, jnp.sum(mask)), 1)
 
         def objective(params):
             logps = token_logprobs(cast(Any, model).apply(params, tokens[:, :-1]), tokens[:, 1:], mask)
-            return -jnp.sum(logps) / jnp.maximum(jnp.sum(mask), 1)
+            return -jnp.sum(logps) / count
 
-        loss, grads = jax.value_and_grad(objective)(state.params)
+        loss, grads = sum_over(axis_name, jax.value_and_grad(objective)(state.params))
         updates, opt_state = optimizer.update(grads, state.opt_state)
         params = optax.apply_updates(state.params, updates)
         return LanguageState(params, opt_state, state.step + 1), {"loss": loss}
@@ -155,7 +169,11 @@ def pretrain_algorithm(config: "PreferenceConfig", model: Transformer) -> Algori
 
 
 def preference_algorithm(
-    config: "PreferenceConfig", method: str, model: Transformer, previous: LanguageState | PreferenceState
+    config: "PreferenceConfig",
+    method: str,
+    model: Transformer,
+    previous: LanguageState | PreferenceState,
+    axis_name: str | None = None,
 ) -> Algorithm:
     """Training by one loss, from the reference.
 
@@ -164,6 +182,7 @@ def preference_algorithm(
       method: the loss.
       model: the decoder.
       previous: the state of the phase before, which holds the reference.
+      axis_name: of the devices that share a batch under pmap.
     """
     look = make_look(config, method, model)
     net = SparseTokenMask(config.num_layers)
@@ -181,17 +200,23 @@ def preference_algorithm(
     def step(state, batch, key):
         tokens = jnp.concatenate([batch["chosen"], batch["rejected"]])
         mask = jnp.concatenate([batch["chosen_mask"], batch["rejected_mask"]])
+        sides = (fold_in_examples(jax.random.fold_in(key, i), len(batch["chosen"]), axis_name) for i in range(2))
+        keys = jnp.concatenate(list(sides))
 
         def objective(trained):
-            seen = look(trained, state.frozen["ref"], tokens, mask, key)
+            seen = look(trained, state.frozen["ref"], tokens, mask, keys)
             loss, kind = pair_loss(config, method, seen, mask)
             return jnp.mean(loss), (seen, kind)
 
         (loss, (seen, pairs)), grads = jax.value_and_grad(objective, has_aux=True)(state.trained)
+        loss, grads = mean_over(axis_name, (loss, grads))
+        if axis_name is not None:
+            pairs = jax.lax.all_gather(pairs, axis_name, tiled=True)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         trained: Any = optax.apply_updates(state.trained, updates)
         metrics = {"loss": loss, **preference_metrics(*pairs, beta=config.beta)}
-        metrics["kl"] = jnp.sum(seen.kl) / jnp.maximum(jnp.sum(mask), 1)
+        total, count = sum_over(axis_name, (jnp.sum(seen.kl), jnp.sum(mask)))
+        metrics["kl"] = total / jnp.maximum(count, 1)
         return PreferenceState(trained, opt_state, state.step + 1, state.frozen), metrics
 
     return Algorithm(init, step)
@@ -251,7 +276,7 @@ def preference_phases(
     model = make_model(config, data.vocab_size)
     pretrain = Phase(
         name=PRETRAIN,
-        make_algorithm=lambda _: pretrain_algorithm(config, model),
+        make_algorithm=lambda _, axis_name=None: pretrain_algorithm(config, model, axis_name),
         data=InMemory({"tokens": data.corpus, "mask": data.corpus_mask}, config.batch_size, config.seed),
         num_steps=config.pretrain_steps,
     )
@@ -261,7 +286,9 @@ def preference_phases(
         judge = judges[method]
         return Phase(
             name=method,
-            make_algorithm=lambda previous: preference_algorithm(config, method, model, cast(Any, previous)),
+            make_algorithm=lambda previous, axis_name=None: preference_algorithm(
+                config, method, model, cast(Any, previous), axis_name
+            ),
             data=pairs,
             num_steps=config.steps,
             evaluate=lambda state, key: judge(state.trained, state.frozen["ref"]),

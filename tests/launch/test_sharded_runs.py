@@ -1,5 +1,6 @@
 """A run on any mesh, under jit or pmap, gives what one device gives, and goes on on another mesh."""
 
+import importlib
 import inspect
 import json
 
@@ -9,6 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+import poise.launch.loop
+import poise.launch.mixture2d
 from poise.core import Algorithm, fold_in_examples, mean_over
 from poise.launch.config import ConfigError
 from poise.launch.data import InMemory, NoData
@@ -218,3 +221,58 @@ def test_small_odd_and_random_leaves_stay_whole():
     assert tuple(specs.spec("b", jnp.zeros(64))) == ()
     assert tuple(specs.spec("count", jnp.zeros(()))) == ()
     assert tuple(specs.spec("key", jax.random.split(jax.random.key(0), 4096), is_key=True)) == ()
+
+
+# Each launcher at its smallest, with what might depend on how a batch is spread: unlike texts, dropout, seeds.
+# The one phase of ptq is the first of qat.
+LAUNCHERS = {
+    "value": (
+        "--num_seeds=8", "--updates=20", "--updates_per_step=5", "--num_envs=2", "--batch_size=4", "--buffer_size=20",
+        "--min_history=4", "--hidden=4", "--losses=hl_gauss",
+    ),
+    "preference": (
+        "--num_layers=1", "--width=4", "--pretrain_steps=2", "--steps=2", "--batch_size=8", "--mask_dropout=0.5",
+        "--methods=sparse_po_independent,ipo", "--max_length=32",
+    ),
+    "lm": ("--recipe=smoke", "--steps=3", "--width=8", "--eval_tokens=128", "--batch_size=16", "--variants=softmax"),
+    "qat": ("--recipe=smoke", "--float_steps=3", "--steps=2", "--cga_steps=0"),
+    "distill": ("--recipe=mixture2d", "--warmup_steps=3", "--steps=3", "--batch_size=16", "--fake_updates=1"),
+}  # fmt: skip
+
+
+class Caught(Exception):
+    """What a launcher was about to train."""
+
+
+def phases_of(name, flags, monkeypatch):
+    def caught(phases, *, seed, start=None, **options):
+        raise Caught(phases, seed, start)
+
+    with monkeypatch.context() as patch:
+        for module in (poise.launch.loop, poise.launch.mixture2d):
+            patch.setattr(module, "fit", caught)
+        with pytest.raises(Caught) as found:
+            importlib.import_module(f"poise.launch.{name}").main(flags)
+    phases, seed, start = found.value.args
+    return [phase._replace(evaluate=None, render=None) for phase in phases], seed, start
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", list(LAUNCHERS))
+def test_every_launcher_gives_on_eight_devices_what_it_gives_on_one(name, tmp_path, monkeypatch):
+    flags = [f"--workdir={tmp_path}/run", *LAUNCHERS[name]]
+    if name == "preference":
+        texts = [{"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 5), "rejected": "no" * (1 + i % 3)} for i in range(20)]
+        (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, texts)))
+        flags.append(f"--data=jsonl:{tmp_path}/pairs.jsonl")
+    phases, seed, start = phases_of(name, flags, monkeypatch)
+    rows = {}
+    for label, options in {"one": {"devices": jax.devices()[:1]}, "jit": {}, "pmap": {"parallel": "pmap"}}.items():
+        fit(phases, workdir=tmp_path / label, seed=seed, start=start, tensorboard=False, **options)
+        rows[label] = [json.loads(line) for line in (tmp_path / label / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows["one"]) == sum(phase.num_steps for phase in phases)
+    for label in ("jit", "pmap"):
+        for one, eight in zip(rows["one"], rows[label], strict=True):
+            where = f"{label}, phase {one['phase']}, step {one['step']}: "
+            for metric in set(one) - {"phase", "reward_accuracy"}:  # the latter begins with ties
+                np.testing.assert_allclose(eight[metric], one[metric], rtol=1e-5, atol=1e-5, err_msg=where + metric)
