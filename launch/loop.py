@@ -33,6 +33,7 @@ from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
 from poise.launch.mirror import claimed_workdir
 from poise.launch.phase import Phase, Program
+from poise.launch.profiling import StepProfile
 from poise.launch.progress import Console, duration
 from poise.launch.sharding import Rules
 from poise.launch.signals import Interrupted, StopRequest, stop_on_signals
@@ -77,6 +78,7 @@ def fit(
     mesh: str = "",
     sharding: str | Rules = "",
     devices: Sequence[jax.Device] | None = None,
+    profile_steps: Sequence[int] = (),
     writers: Sequence[Writer] = (),
     tensorboard: bool = True,
     console: Console | None = None,
@@ -109,6 +111,8 @@ def fit(
       sharding: rules for the layout of the state's leaves, such as ``"kernel$=-,fsdp;.*="``; without, only an axis
         ``fsdp`` splits leaves. See :class:`poise.launch.sharding.LeafSpecs`. Both may change when a run goes on.
       devices: the devices; None for all.
+      profile_steps: the first and the last of this call's steps that go into a profile in ``<workdir>/profile``, see
+        :class:`poise.launch.profiling.StepProfile`; of several processes that of process 0.
       writers: take metrics and pictures besides the files above; of several processes those of process 0.
       tensorboard: whether to write TensorBoard files, where tensorboardX is installed.
       console: shows progress on stderr; made here if None.
@@ -141,6 +145,7 @@ def fit(
       (3.0, 20)
     """
     _check(phases, seed, save_every, save_every_seconds)
+    profile = StepProfile(profile_steps if is_main() else (), workdir_path(workdir) / "profile")
     path = workdir_path(workdir)
     only_main(lambda: prepare_workdir(workdir))
     placement = Placement(devices, parallel, mesh, sharding)
@@ -161,6 +166,7 @@ def fit(
         stop = stack.enter_context(stop_on_signals())
         run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
+        run.profile = profile
         try:
             result = run.all_phases()
             run.close()
@@ -211,6 +217,7 @@ class _Run:
     save_every = 0
     save_every_seconds: float | int = 0
     start: State | None = None
+    profile = StepProfile((), "")
 
     def __init__(
         self,
@@ -306,8 +313,10 @@ class _Run:
         pending: _Pending | None = None
         for step in range(done + 1, phase.num_steps + 1):
             batch = program.place(step - 1)
-            live, metrics, finite = program.step(live, frozen, batch, key, step - 1)
             self.steps_trained += 1
+            with self.profile.step(self.steps_trained):
+                live, metrics, finite = program.step(live, frozen, batch, key, step - 1)
+            self.profile.after(self.steps_trained, metrics)
             pending, before = _Pending(step, metrics, finite), pending
             if before is not None:
                 self.report(index, program, before)
@@ -394,6 +403,7 @@ class _Run:
         with contextlib.ExitStack() as stack:  # each of them, whatever the others do
             stack.callback(self.console.finish)
             stack.callback(self.timing.close)
+            stack.callback(self.profile.close)
             if wait:
                 stack.callback(self.store.close)
             for writer in self.writers:
