@@ -127,7 +127,7 @@ def values_picture(path: pathlib.Path, seen: Mapping[str, Distributions], title:
         axis.set_xlim(edges[0], edges[-1])
         axis.set_title(loss, fontsize=9)
         axis.set_xlabel("discounted return", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(labelsize=8, labelbottom=True)
         axis.grid(alpha=0.25)
         axis.legend(fontsize=7)
     for axis in axes[len(seen) :]:

@@ -3,7 +3,9 @@
     pip install ".[rl]"
     python docs/effects/hl_gauss_minatar.py
 
-writes hl_gauss_minatar.json and hl_gauss_minatar.png beside itself, and prints a table.
+runs ``poise.launch.value`` as it is, once for each noise, writes hl_gauss_minatar.json and hl_gauss_minatar.png beside
+itself, and prints a table. The runs are in ``--workdir`` (runs/breakout, and runs/breakout_quiet without noise), go on
+there when stopped, and are read there when they are finished.
 """
 
 import argparse
@@ -11,106 +13,95 @@ import json
 import pathlib
 import platform
 import time
+from typing import Any
 
-import gymnax
 import jax
 import numpy as np
-import optax
 
-from poise.launch.value_phases import pictures_as_booleans
-from poise.nets import ValueMLP
-from poise.rl import (
-    DQNConfig,
-    c51,
-    dqn,
-    from_gymnax,
-    hl_gauss,
-    over_seeds,
-    reward_noise,
-    scalar,
-    two_hot,
-)
+from poise.launch import value
+from poise.launch.results import read_rows
 
-UPDATES, PARTS = 8_000, 32
-SUPPORT = {1.0: (-3.0, 9.0), 0.0: (-1.0, 9.0)}
-LOSSES = {
-    "hl_gauss": lambda noise: hl_gauss(*SUPPORT[noise]),
-    "mse": lambda noise: scalar(),
-    "two_hot": lambda noise: two_hot(*SUPPORT[noise]),
-    "c51": lambda noise: c51(*SUPPORT[noise]),
-}
+LOSSES, PARTS = ("hl_gauss", "mse", "two_hot", "c51"), 32
+HERE = pathlib.Path(__file__).parent
 
 
-def train(loss: str, noise: float, seeds: int) -> np.ndarray:
-    """Mean returns of the episodes that ended in each part of the run, ``[parts, seeds]``; noise has mean zero."""
-    env = reward_noise(pictures_as_booleans(from_gymnax(*gymnax.make("Breakout-MinAtar"))), noise)
-    transform = LOSSES[loss](noise)
-    net = ValueMLP(env.num_actions, transform.num_outputs)
-    config = DQNConfig(iterations=UPDATES // PARTS)
-    agent = over_seeds(dqn(env, net, transform, optax.adam(1e-3, eps=1e-5), config), seeds)
-    state = jax.jit(agent.init)(jax.random.key(0), ())
-    step = jax.jit(agent.step, donate_argnums=0)
-    returns = []
-    for part in range(PARTS):
-        state, metrics = step(state, (), jax.random.key(1 + part))
-        returns.append(np.asarray(metrics["return_mean"]))
-    return np.stack(returns)
+def trained(noise: float, workdir: pathlib.Path, seeds: int) -> dict[str, Any]:
+    """One run's figures by loss: returns over the last eighth, greedy returns after it, and the course of the means."""
+    code = value.main(
+        [
+            "--env=Breakout-MinAtar",
+            f"--num_seeds={seeds}",
+            f"--losses={','.join(LOSSES)}",
+            f"--reward_noise={noise}",
+            f"--workdir={workdir}",
+        ]
+    )
+    assert code == 0, f"the run in {workdir} ended with code {code}"
+    report, rows = json.loads((workdir / "report.json").read_text()), read_rows(workdir)
+    losses = {}
+    for loss in LOSSES:
+        figures = report["losses"][loss]
+        curves = np.array([row["return_mean"] for row in rows[loss]])
+        parts = curves.reshape(PARTS, -1, seeds).mean(1)
+        last = figures["return_last_eighth"]
+        losses[loss] = {
+            "mean": float(np.mean(last["by_seed"])),
+            **last,
+            "greedy_return": figures["greedy_return"],
+            "value_error": figures["value_error"],
+            "curve_by_seed": parts.T.round(4).tolist(),
+        }
+    return {
+        "noise": noise,
+        "support": report["support"],
+        "env_steps": report["env_steps"],
+        "seconds": {loss: round(seconds) for loss, seconds in report["seconds"].items()},
+        "losses": losses,
+    }
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """A bootstrap interval of 95% for the mean over seeds."""
-    rng = np.random.default_rng(0)
-    means = rng.choice(values, (10_000, len(values))).mean(1)
-    return tuple(float(q) for q in np.quantile(means, [0.025, 0.975]))
+def picture(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """The course of returns: means over seeds, with the least and the greatest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(runs), figsize=(5 * len(runs), 3.6), layout="constrained", squeeze=False)
+    for axis, run in zip(axes[0], runs, strict=True):
+        env_steps = np.arange(1, PARTS + 1) / PARTS * run["env_steps"] / 1e3
+        for i, (loss, figures) in enumerate(run["losses"].items()):
+            curves = np.array(figures["curve_by_seed"])
+            axis.plot(env_steps, curves.mean(0), color=f"C{i}", label=loss)
+            axis.fill_between(env_steps, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.15, lw=0)
+        axis.set(title=f"reward noise N(0, {run['noise']:g}²)", xlabel="thousand environment steps", ylabel="return")
+        axis.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
 
 
 def main() -> None:
     """Runs it all and writes the results."""
-    import matplotlib.pyplot as plt
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--noises", type=float, nargs="+", default=[1.0, 0.0])
-    parser.add_argument("--losses", nargs="+", default=list(LOSSES))
-    args = parser.parse_args()
-    start, here = time.time(), pathlib.Path(__file__).parent
-    figure, axes = plt.subplots(
-        1, len(args.noises), figsize=(5 * len(args.noises), 3.6), layout="constrained", squeeze=False
-    )
-    rows = []
-    for axis, noise in zip(axes[0], args.noises, strict=True):
-        for i, loss in enumerate(args.losses):
-            curves = train(loss, noise, args.seeds)
-            last = curves[-PARTS // 8 :].mean(0)
-            rows.append(
-                {
-                    "noise": noise,
-                    "loss": loss,
-                    "last_eighth_by_seed": last.round(4).tolist(),
-                    "mean": float(last.mean()),
-                    "interval_95": interval(last),
-                    "curve_mean": curves.mean(1).round(4).tolist(),
-                }
-            )
-            results = {
-                "date": time.strftime("%Y-%m-%d"),
-                "jax": jax.__version__,
-                "python": platform.python_version(),
-                "device": jax.devices()[0].device_kind,
-                "seconds": round(time.time() - start),
-                "environment": "Breakout-MinAtar",
-                "updates": UPDATES,
-                "seeds": args.seeds,
-                "runs": rows,
-            }
-            (here / "hl_gauss_minatar.json").write_text(json.dumps(results, indent=1) + "\n")
-            print(noise, loss, f"{last.mean():.2f}", last.round(2).tolist(), f"{time.time() - start:.0f} s", flush=True)
-            env_steps = np.arange(1, PARTS + 1) * 32 * UPDATES / PARTS / 1e3
-            axis.plot(env_steps, curves.mean(1), color=f"C{i}", label=loss)
-            axis.fill_between(env_steps, curves.min(1), curves.max(1), color=f"C{i}", alpha=0.15, lw=0)
-        axis.set(title=f"reward noise N(0, {noise:g}²)", xlabel="thousand environment steps", ylabel="return")
-        axis.legend(fontsize=8)
-    figure.savefig(here / "hl_gauss_minatar.png", dpi=100)
+    parser.add_argument("--workdir", type=pathlib.Path, default=pathlib.Path("runs/breakout"))
+    options = parser.parse_args()
+    quiet = options.workdir.with_name(options.workdir.name + "_quiet")
+    runs = [trained(noise, workdir, options.seeds) for noise, workdir in ((1.0, options.workdir), (0.0, quiet))]
+    results = {
+        "date": time.strftime("%Y-%m-%d"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "environment": "Breakout-MinAtar",
+        "seeds": options.seeds,
+        "runs": runs,
+    }
+    (HERE / "hl_gauss_minatar.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    picture(runs, HERE / "hl_gauss_minatar.png")
+    for run in runs:
+        for loss, figures in run["losses"].items():
+            print(run["noise"], loss, f"{figures['mean']:.2f}", np.round(figures["by_seed"], 2).tolist())
 
 
 if __name__ == "__main__":
