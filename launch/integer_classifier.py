@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 
 from poise.launch.config import ConfigError
 from poise.launch.local_copy import local_copy
+from poise.launch.ptq_activations import act_bits_of
 from poise.launch.qat_export import FILE
 from poise.launch.quantized_files import load_quantized
 from poise.launch.runs import config_of
@@ -31,6 +32,7 @@ def load_classifier(workdir: str | os.PathLike[str], file: str = "") -> Callable
       ConfigError: if the folder has no configuration of such a run, or the run is one of poise.launch.ptq and no file
         is named.
       FileNotFoundError: if there is no such file.
+      ValueError: if the file is damaged.
 
     Example:
       >>> from poise.launch import load_classifier
@@ -41,12 +43,14 @@ def load_classifier(workdir: str | os.PathLike[str], file: str = "") -> Callable
     """
     folder = local_copy(workdir)
     exported_by_qat = (folder / FILE).exists()
-    found = sorted(path.name for path in folder.glob("*_[0-9]bit.safetensors"))
+    found = sorted(path.name for path in folder.glob("*_[0-9]bit*.safetensors"))
     if not file and not exported_by_qat and found:
         raise ConfigError(f"file must be one of {', '.join(found)}, got none")
     stored = load_quantized(folder / (file or FILE))
     assert isinstance(stored, QuantizedParams)
-    forward = _trained(folder, stored) if "params" in stored.params else _rounded(folder, stored)
+    act_bits = act_bits_of(stored)
+    trained = "params" in stored.params and not act_bits
+    forward = _trained(folder, stored) if trained else _rounded(folder, stored, act_bits)
     jitted = jax.jit(forward)
     return lambda images: jitted(stored.params, images)
 
@@ -59,11 +63,12 @@ def _trained(folder: pathlib.Path, stored: QuantizedParams) -> Callable[[PyTree,
     return deployed(config_of(QATConfig, folder), len(stored.params["params"]["head"]["bias"])).forward
 
 
-def _rounded(folder: pathlib.Path, stored: QuantizedParams) -> Callable[[PyTree, Any], Array]:
-    """A run of poise.launch.ptq: each token's activations are scaled by their largest."""
+def _rounded(folder: pathlib.Path, stored: QuantizedParams, act_bits: int) -> Callable[[PyTree, Any], Array]:
+    """A run of poise.launch.ptq: each token's activations are scaled by their largest, behind their steps if any."""
     from poise.launch.classifier import model_of
     from poise.launch.ptq import PTQConfig, with_its_network
     from poise.launch.ptq_results import integer_products
 
     config = with_its_network(config_of(PTQConfig, folder))
-    return integer_products(model_of(config, len(stored.params["head"]["bias"])))
+    params = stored.params["params"] if act_bits else stored.params
+    return integer_products(model_of(config, len(params["head"]["bias"])), act_bits)

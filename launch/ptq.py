@@ -2,8 +2,10 @@
 
 The network is the float one of a run of poise.launch.qat, or is trained here where no checkpoint is named. Each method
 at each number of bits rounds the weights of the blocks, on a few unlabelled images, and leaves one safetensors file of
-packed integers. These are read again and judged; ``report.json`` and ``ptq.png`` are written to the working directory,
-and a table is printed. The same command goes on where a stopped run left off, and more methods or bits may be added.
+packed integers. With ``--act_bits`` the blocks' activations are quantized, too, with steps that are learned with the
+weights and kept in the file. The files are read again and judged; ``report.json`` and ``ptq.png`` are written to the
+working directory, and a table is printed. The same command goes on where a stopped run left off, and more methods or
+bits may be added.
 """
 
 import dataclasses
@@ -37,6 +39,16 @@ class PTQConfig(ClassifierConfig):
     bits: tuple[int, ...] = field(
         (2, 3, 4), "bits of the blocks' weights; first and last layers have 8", role="execution", minimum=2, maximum=8
     )
+    act_bits: int = field(
+        0, "bits of what enters the blocks' layers; 0: floats", role="execution", choices=(0, *range(2, 9))
+    )
+    drop: float = field(
+        0.5,
+        "with act_bits, the probability of a quantized entry while blocks are reconstructed (QDrop); 1: all are",
+        role="execution",
+        minimum=0.0,
+        maximum=1.0,
+    )
     calibration_images: int = field(256, "training images that blocks are reconstructed on", minimum=1)
     reconstruction_batch_size: int = field(64, "of them in a step", minimum=1)
     steps: int = field(300, "steps of each block's reconstruction", minimum=1)
@@ -44,6 +56,9 @@ class PTQConfig(ClassifierConfig):
     adaround_strength: float = field(1e-3, "of its regularizer", minimum=0.0)
     flexround_learning_rate: float = field(3e-3, "peak learning rate of FlexRound", exclusive_minimum=0.0)
     nupes_learning_rate: float = field(1e-2, "peak learning rate of NUPES", exclusive_minimum=0.0)
+    activation_learning_rate: float = field(
+        3e-3, "with act_bits, peak learning rate of the activations' steps; 0: they stay as they begin", minimum=0.0
+    )
 
     def __post_init__(self):
         """Checks each field, and those that belong together."""
@@ -112,7 +127,7 @@ def run(config: PTQConfig, workdir: pathlib.Path) -> None:
     from poise.launch.classifier import float_phase, open_classes
     from poise.launch.loop import fit
     from poise.launch.ptq_methods import float_variables
-    from poise.launch.ptq_results import quantize_all
+    from poise.launch.ptq_results import quantize_all, settle_network
 
     config = with_its_network(config)
     data_dir = config.data_dir or (workdir / "data" if config.data == "digits" else "")
@@ -126,6 +141,7 @@ def run(config: PTQConfig, workdir: pathlib.Path) -> None:
             seed=config.seed,
             **config.for_fit(),
         ).state.variables
+    settle_network(variables["params"], workdir)
     if is_main():
         quantize_all(config, images, variables, workdir)
 

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import flax.linen as nn
@@ -14,6 +14,7 @@ from jaxtyping import Array, PyTree
 
 from poise.launch.checkpoint import restore_tree
 from poise.launch.local_copy import local_copy
+from poise.launch.ptq_activations import first_steps, quantized_block_of, with_act_bits
 from poise.launch.results import phase_folder
 from poise.nets import TransformerBlock, VisionTransformer
 from poise.quant import (
@@ -23,10 +24,13 @@ from poise.quant import (
     QuantizedParams,
     Quantizer,
     QuantRule,
+    apply_quantizers,
     apply_weight_quant,
     export,
     reconstruct_blocks,
+    reconstruct_with_activations,
 )
+from poise.quant.rules import QParams
 
 if TYPE_CHECKING:
     from poise.launch.ptq import PTQConfig
@@ -99,6 +103,9 @@ def round_network(
 ) -> Rounded:
     """Quantizes a network's weights: the blocks' by a method, the first and last layers' to the nearest of 8 bits.
 
+    With ``act_bits`` the blocks' activations have steps, which are learned with the weights; with ``rtn`` they stay as
+    they are set by the images.
+
     Args:
       config: the run's settings.
       method: one of :data:`poise.launch.ptq.METHODS`.
@@ -108,27 +115,82 @@ def round_network(
       images: for calibration.
 
     Returns:
-      The network as integers.
+      The network as integers; with ``act_bits`` their tree is that of the variables, ``params`` and ``quant``.
     """
+    images, quant = jnp.asarray(images), None
+    ends = apply_weight_quant(params, {}, [ENDS])
+    if config.act_bits:
+        quant = first_steps(model, config.act_bits)(ends, images)
     if method == "rtn":
-        return Rounded(export(params, {}, [ENDS, QuantRule("kernel$", weight_bits=bits, method="minmax")]), [])
-    quantizer, rate = quantizer_of(config, method, bits)
+        return Rounded(
+            _exported(config, params, {}, quant, QuantRule("kernel$", weight_bits=bits, method="minmax")), []
+        )
     names = [f"block_{index}" for index in range(model.num_layers)]
-    found, losses = reconstruct_blocks(
-        [block_of(model.num_heads, model.mlp_ratio * model.width)] * model.num_layers,
-        [params[name] for name in names],
-        tokens_of(model, apply_weight_quant(params, {}, [ENDS]), jnp.asarray(images)),
-        quantizer=quantizer,
-        optimizer=_optimizer(rate, config.steps),
-        steps=config.steps,
-        key=jax.random.key(config.seed),
-        batch_size=config.reconstruction_batch_size,
-        names=names,
-    )
+    blocks, x = [params[name] for name in names], tokens_of(model, ends, images)
+    quantizer, rate = quantizer_of(config, method, bits)
+    options: dict[str, Any] = {
+        "quantizer": quantizer,
+        "optimizer": _optimizer(rate, config.steps),
+        "steps": config.steps,
+        "key": jax.random.key(config.seed),
+        "batch_size": config.reconstruction_batch_size,
+    }
+    if quant is None:
+        block = block_of(model.num_heads, model.mlp_ratio * model.width)
+        found, losses = reconstruct_blocks([block] * model.num_layers, blocks, x, names=names, **options)
+    else:
+        found, steps, losses = _with_activations(
+            config, model, names, blocks, [quant[name] for name in names], x, options
+        )
+        quant = dict(zip(names, steps, strict=True))
     qparams = {f"{name}/{path}": value for name, part in zip(names, found, strict=True) for path, value in part.items()}
-    rules: list[Any] = [ENDS, QuantRule("kernel$", weight_bits=bits, method=method)]
-    ends = [(float(loss[0]), float(loss[-1])) for loss in losses]
-    return Rounded(export(params, qparams, rules), ends)
+    rounded = _exported(config, params, qparams, quant, QuantRule("kernel$", weight_bits=bits, method=method))
+    return Rounded(rounded, [(float(loss[0]), float(loss[-1])) for loss in losses])
+
+
+def _with_activations(
+    config: "PTQConfig",
+    model: VisionTransformer,
+    names: Sequence[str],
+    params: Sequence[PyTree],
+    activations: Sequence[PyTree],
+    x: Array,
+    options: Mapping[str, Any],
+) -> tuple[list[QParams], list[PyTree], list[Array]]:
+    """Block after block on two streams, which are mixed; in the quantized one activations are quantized, too."""
+    sizes = (model.num_heads, model.mlp_ratio * model.width)
+    block, quantized = block_of(*sizes), quantized_block_of(*sizes, config.act_bits, float(config.drop))
+    x_float, found, steps, losses = x, [], [], []
+    for index, (name, weights, first) in enumerate(zip(names, params, activations, strict=True)):
+        target = block(weights, x_float)
+        qparams, learned, loss = reconstruct_with_activations(
+            quantized,
+            weights,
+            first,
+            x,
+            target,
+            activation_optimizer=_optimizer(config.activation_learning_rate, config.steps),
+            x_float=x_float,
+            drop=float(config.drop),
+            name=name,
+            **{**options, "key": jax.random.fold_in(options["key"], index)},
+        )
+        x = quantized(apply_quantizers(weights, qparams, options["quantizer"]), x, learned, None)
+        x_float = target
+        found.append(qparams)
+        steps.append(learned)
+        losses.append(loss)
+    return found, steps, losses
+
+
+def _exported(
+    config: "PTQConfig", params: PyTree, qparams: QParams, quant: PyTree | None, rule: QuantRule
+) -> QuantizedParams:
+    """The integers, and the steps of activations beside them where there are any."""
+    if quant is None:
+        return export(params, qparams, [ENDS, rule])
+    under = {f"params/{path}": value for path, value in qparams.items()}
+    return with_act_bits(export({"params": params, "quant": quant}, under, [ENDS, rule]), config.act_bits)
 
 
 @functools.lru_cache(maxsize=8)

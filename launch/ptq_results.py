@@ -1,12 +1,14 @@
 """Every method at every number of bits, one file each, and the table and picture of what they cost."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from poise.launch.classifier import (
@@ -18,11 +20,15 @@ from poise.launch.classifier import (
     save_floats,
     squared_error,
 )
+from poise.launch.config import ConfigError
+from poise.launch.digest import digests
 from poise.launch.files import atomic_path
+from poise.launch.ptq_activations import act_bits_of, quantized_forward
 from poise.launch.ptq_methods import round_network
 from poise.launch.quantized_files import load_quantized, save_quantized
 from poise.launch.results import text_table, write_report
-from poise.nets import VisionTransformer, integer_apply
+from poise.launch.workdir import settle_data
+from poise.nets import VisionTransformer
 from poise.quant import QuantizedParams, dequantize_tree
 
 if TYPE_CHECKING:
@@ -40,7 +46,8 @@ def quantize_all(config: "PTQConfig", images: Images, variables: PyTree, workdir
       config: the run's settings.
       images: for calibration and judgement.
       variables: of the float network.
-      workdir: where ``<method>_<bits>bit.safetensors``, ``float.safetensors``, ``report.json`` and ``ptq.png`` go.
+      workdir: where ``<method>_<bits>bit.safetensors`` (see :func:`name_of`), ``float.safetensors``, ``report.json``
+        and ``ptq.png`` go.
 
     Returns:
       The content of ``report.json``.
@@ -65,7 +72,7 @@ def quantize_all(config: "PTQConfig", images: Images, variables: PyTree, workdir
         }
         _write(workdir / ROWS, done)
     calibration = images.calibration(config.calibration_images)
-    wanted = {f"{method}_{bits}bit": (method, bits) for bits in config.bits for method in config.method_names}
+    wanted = {name_of(config, method, bits): (method, bits) for bits in config.bits for method in config.method_names}
     for name, (method, bits) in wanted.items():
         path = workdir / f"{name}.safetensors"
         if name in done and path.exists():
@@ -73,7 +80,10 @@ def quantize_all(config: "PTQConfig", images: Images, variables: PyTree, workdir
         rounded = round_network(config, method, bits, model, variables["params"], calibration)
         save_quantized(path, rounded.params)
         judged = judge(config, images, model, jitted, target, path)
-        done[name] = {"method": method, "bits": bits, **judged, "reconstruction_losses": rounded.losses}
+        inputs = {"act_bits": config.act_bits, **_drop_of(config, method)} if config.act_bits else {}
+        done[name] = {
+            "method": method, "bits": bits, **inputs, **judged, "reconstruction_losses": rounded.losses,
+        }  # fmt: skip
         _write(workdir / ROWS, done)
     rows = [done[name] for name in ("float", *wanted)]
     report = {
@@ -88,6 +98,45 @@ def quantize_all(config: "PTQConfig", images: Images, variables: PyTree, workdir
     return report
 
 
+def name_of(config: "PTQConfig", method: str, bits: int) -> str:
+    """What a result's row and file are called: by method and bits, with ``act_bits`` by these and ``drop``, too.
+
+    Example:
+      >>> from poise.launch.ptq import PTQConfig
+      >>> from poise.launch.ptq_results import name_of
+      >>> [name_of(PTQConfig(act_bits=bits), "flexround", 3) for bits in (0, 4)]
+      ['flexround_3bit', 'flexround_3bit_act4_drop0.5']
+    """
+    parts = [f"{method}_{bits}bit"]
+    if config.act_bits:
+        parts += [f"act{config.act_bits}", *(f"{name}{value}" for name, value in _drop_of(config, method).items())]
+    return "_".join(parts)
+
+
+def _drop_of(config: "PTQConfig", method: str) -> dict[str, float]:
+    """The probability, of methods that have a use for it."""
+    return {} if method == "rtn" else {"drop": float(config.drop)}
+
+
+def settle_network(params: PyTree, workdir: pathlib.Path) -> None:
+    """Notes which float network the folder's results are of, or makes sure that it is the same still.
+
+    Args:
+      params: its parameters.
+      workdir: the run's folder.
+
+    Raises:
+      ConfigError: if it is another one.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    sums = digests([jnp.asarray(leaf) for _, leaf in leaves])
+    lines = [f"{jax.tree_util.keystr(path)} {digest}" for (path, _), digest in zip(leaves, sums, strict=True)]
+    try:
+        settle_data({"float_network": hashlib.sha256("\n".join(lines).encode()).hexdigest()}, workdir)
+    except ConfigError as error:
+        raise ConfigError(f"{error} (here, the float network)") from error
+
+
 def judge(
     config: "PTQConfig",
     images: Images,
@@ -96,7 +145,7 @@ def judge(
     target: Any,
     path: pathlib.Path,
 ) -> dict[str, Any]:
-    """What a file of integers is worth: with float activations, and in integer products.
+    """What a file of integers is worth: with activations in float, or on their steps, and in integer products.
 
     Args:
       config: the run's settings.
@@ -108,9 +157,11 @@ def judge(
     """
     stored = load_quantized(path)
     assert isinstance(stored, QuantizedParams)
-    floats = {"params": dequantize_tree(stored)}
-    logits = logits_of(lambda x: apply(floats, x), images.images)
-    products = integer_products(model)
+    act_bits = act_bits_of(stored)
+    forward = quantized_forward(model, act_bits, integers=False) if act_bits else apply
+    floats = dequantize_tree(stored) if act_bits else {"params": dequantize_tree(stored)}
+    logits = logits_of(lambda x: forward(floats, x), images.images)
+    products = integer_products(model, act_bits)
 
     def integers(x: Any) -> Any:
         return products(stored.params, x)
@@ -126,13 +177,16 @@ def judge(
     }
 
 
-def integer_products(model: VisionTransformer) -> Callable[[PyTree, Any], Any]:
-    """``(params, images) -> logits``, compiled, in integer products."""
-    return jax.jit(lambda params, images: integer_apply(model, {"params": params}, images))
+def integer_products(model: VisionTransformer, act_bits: int = 0) -> Callable[[PyTree, Any], Any]:
+    """``(tree, images) -> logits`` in integer products, of a file's tree: parameters, with ``act_bits`` variables."""
+    products = quantized_forward(model, act_bits, integers=True)
+    return products if act_bits else lambda params, images: products({"params": params}, images)
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of the report as text; times of quantized networks are those of their integer products.
+
+    With quantized activations, W3A4 stands for weights of 3 bits and activations of 4.
 
     Example:
       >>> from poise.launch.ptq_results import table
@@ -151,7 +205,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
         [
             row["method"],
-            str(row["bits"]),
+            f"W{row['bits']}A{row['act_bits']}" if "act_bits" in row else str(row["bits"]),
             *(figure(row, name) for name in ("accuracy", "logit_mse", "integer_accuracy", "integer_logit_mse")),
             f"{row['bytes']:,}",
             f"{row['milliseconds']:.2f}",
@@ -166,7 +220,8 @@ def error_picture(path: pathlib.Path, rows: Sequence[Mapping[str, Any]], config:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 3.8), dpi=110, layout="constrained")
-    figure.suptitle(f"{config.calibration_images} images, {config.steps} steps a block, seed {config.seed}")
+    inputs = f", activations of {config.act_bits} bits" if config.act_bits else ""
+    figure.suptitle(f"{config.calibration_images} images, {config.steps} steps a block, seed {config.seed}{inputs}")
     errors, accuracies = figure.subplots(1, 2)
     for method in config.method_names:
         own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bits"])

@@ -1,6 +1,7 @@
 """The launcher of post-training quantization at its smallest: what it writes, how it goes on, what it refuses."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -16,10 +17,12 @@ from poise.launch.classifier import accuracy_of, model_of, open_classes
 from poise.launch.config import ConfigError
 from poise.launch.integer_classifier import load_classifier
 from poise.launch.ptq import PTQConfig, with_its_network
-from poise.launch.ptq_methods import block_of, float_variables, round_network, tokens_of
-from poise.launch.ptq_results import integer_products
-from poise.launch.quantized_files import load_quantized
-from poise.quant import dequantize_tree
+from poise.launch.ptq_activations import act_bits_of, first_steps, quantized_block_of, quantized_forward, with_act_bits
+from poise.launch.ptq_methods import ENDS, block_of, float_variables, round_network, tokens_of
+from poise.launch.ptq_results import integer_products, name_of, settle_network
+from poise.launch.quantized_files import load_quantized, save_quantized
+from poise.launch.workdir import settle_config
+from poise.quant import QuantizedParams, apply_weight_quant, dequantize_tree
 
 spec = importlib.util.spec_from_file_location("tiny_launch", pathlib.Path(__file__).with_name("tiny_launch.py"))
 tiny = importlib.util.module_from_spec(spec)
@@ -95,6 +98,31 @@ def test_more_may_be_added_and_what_is_there_is_not_done_again(finished, monkeyp
 
 
 @pytest.mark.slow
+def test_activations_of_few_bits_are_added_in_the_same_folder(finished, capsys):
+    workdir, _ = finished
+    before = json.loads((workdir / "rows.json").read_text())
+    flags = [f"--workdir={workdir}", *TINY, "--act_bits=4", "--drop=0.5"]
+    assert ptq.main(flags) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        ["float", "32"], ["rtn", "W3A4"], ["flexround", "W3A4"],
+    ]  # fmt: skip
+    rows = json.loads((workdir / "rows.json").read_text())
+    assert before.items() <= rows.items()
+    assert rows["rtn_3bit_act4"].keys() == before["rtn_3bit"].keys() | {"act_bits"}
+    dropped = rows["flexround_3bit_act4_drop0.5"]
+    assert (dropped["act_bits"], dropped["drop"]) == (4, 0.5)
+    assert dropped["logit_mse"] > before["flexround_3bit"]["logit_mse"]
+    images = open_classes(PTQConfig(patch_size=4, eval_images=40), workdir / "data")
+    classify = load_classifier(workdir, "flexround_3bit_act4_drop0.5.safetensors")
+    assert accuracy_of(np.asarray(classify(images.images)), images.labels) == dropped["integer_accuracy"]
+    # the folder is that of one float network
+    (workdir / "data.json").write_text('{"float_network": "another"}')
+    assert ptq.main(flags) == 2
+    assert "the data has changed since the run in" in capsys.readouterr().err
+    (workdir / "data.json").unlink()
+
+
+@pytest.mark.slow
 def test_a_checkpoint_brings_data_and_network(finished, tmp_path):
     workdir, _ = finished
     config = PTQConfig(checkpoint=str(workdir), bits=(4,))
@@ -107,11 +135,11 @@ def test_a_checkpoint_brings_data_and_network(finished, tmp_path):
 @pytest.mark.slow
 def test_a_file_is_a_classifier(finished):
     workdir, _ = finished
-    report = json.loads((workdir / "report.json").read_text())
+    rows = json.loads((workdir / "rows.json").read_text())
     images = open_classes(PTQConfig(patch_size=4, eval_images=40), workdir / "data")
-    for row in report["rows"][1:3]:
-        classify = load_classifier(workdir, f"{row['method']}_3bit.safetensors")
-        assert accuracy_of(np.asarray(classify(images.images)), images.labels) == row["integer_accuracy"]
+    for name in ("rtn_3bit", "flexround_3bit"):
+        classify = load_classifier(workdir, f"{name}.safetensors")
+        assert accuracy_of(np.asarray(classify(images.images)), images.labels) == rows[name]["integer_accuracy"]
     with pytest.raises(ConfigError, match=r"file must be one of flexround_3bit.safetensors, "):
         load_classifier(workdir)
 
@@ -177,6 +205,71 @@ def test_reconstruction_comes_closer_than_rounding(network, method):
         assert float(np.mean((whole - target) ** 2)) < 2 * learned + 1e-3
 
 
+def test_a_block_with_activations_drops_where_there_is_a_key(network):
+    model, params, images, _ = network
+    x, block = tokens_of(model, params, images), params["block_0"]
+    sizes = (model.num_heads, model.mlp_ratio * model.width)
+    steps = first_steps(model, 4)(params, images)["block_0"]
+    whole, *mixed = (
+        quantized_block_of(*sizes, 4, drop)(block, x, steps, key)
+        for drop, key in ((0.0, None), (0.0, jax.random.key(0)), (0.5, jax.random.key(0)), (1.0, jax.random.key(0)))
+    )
+    plain = block_of(*sizes)(block, x)
+    np.testing.assert_allclose(mixed[0], plain, atol=1e-6)
+    np.testing.assert_allclose(mixed[2], whole, atol=1e-6)
+    errors = [float(np.mean((y - plain) ** 2)) for y in (mixed[1], whole)]
+    assert 0 < errors[0] < errors[1]
+
+
+def test_steps_are_learned_kept_in_the_file_and_read_again(network, tmp_path):
+    model, params, images, apply = network
+    config = dataclasses.replace(SMALL, act_bits=4, activation_learning_rate=1e-2, workdir=str(tmp_path))
+    start = first_steps(model, 4)(apply_weight_quant(params, {}, [ENDS]), images)
+    target, found, errors = apply({"params": params}, images), {}, {}
+    for method in ("rtn", "flexround"):
+        found[method] = round_network(config, method, 3, model, params, images).params
+        logits = quantized_forward(model, 4, integers=False)(dequantize_tree(found[method]), images)
+        errors[method] = float(np.mean((logits - target) ** 2))
+    assert errors["flexround"] < errors["rtn"]
+    jax.tree.map(np.testing.assert_array_equal, found["rtn"].params["quant"], start)
+    steps = [jax.tree.leaves(tree["block_0"]) for tree in (found["flexround"].params["quant"], start)]
+    assert all((one != two).any() for one, two in zip(*steps, strict=True))
+
+    name = f"{name_of(config, 'flexround', 3)}.safetensors"
+    assert name == "flexround_3bit_act4_drop0.5.safetensors"
+    save_quantized(tmp_path / name, found["flexround"])
+    again = load_quantized(tmp_path / name)
+    assert act_bits_of(again) == 4
+    jax.tree.map(np.testing.assert_array_equal, again.params, found["flexround"].params)
+    logits_from_file = quantized_forward(model, 4, integers=False)(dequantize_tree(again), images)
+    np.testing.assert_array_equal(logits_from_file, logits)  # the last ones were FlexRound's
+    settle_config(config, tmp_path)
+    classified = load_classifier(tmp_path, name)(images)
+    np.testing.assert_array_equal(classified, integer_products(model, 4)(again.params, images))
+    assert float(np.mean((classified - logits) ** 2)) < 0.1 * errors["rtn"]
+    with pytest.raises(ConfigError, match=f"file must be one of {name}, got none"):
+        load_classifier(tmp_path)
+
+
+def test_a_header_with_another_number_of_bits_is_refused():
+    assert act_bits_of(QuantizedParams({}, "{}")) == 0
+    assert act_bits_of(with_act_bits(QuantizedParams({}, "{}"), 8)) == 8
+    for wrong in ("1", "9", "true", '"4"', "null", "4.0"):
+        with pytest.raises(ValueError, match="the header must tell act_bits of 2 to 8"):
+            act_bits_of(QuantizedParams({}, f'{{"act_bits": {wrong}}}'))
+
+
+def test_a_folder_is_that_of_one_float_network(tmp_path):
+    params = {"block_0": {"kernel": np.ones((2, 3), np.float32)}, "bias": np.zeros(3, np.float32)}
+    settle_network(params, tmp_path)
+    settle_network(jax.tree.map(jax.numpy.asarray, params), tmp_path)
+    moved = {**params, "bias": np.array([0, 0, 1e-7], np.float32)}
+    renamed = {"block_1": params["block_0"], "bias": params["bias"]}
+    for other in (moved, renamed):
+        with pytest.raises(ConfigError, match=r"the data has changed .* \(here, the float network\)"):
+            settle_network(other, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
@@ -186,6 +279,8 @@ def test_reconstruction_comes_closer_than_rounding(network, method):
         ),
         ("--methods=rtn,rtn", "one or more different names"),
         ("--bits=1", "--bits must be at least 2 and at most 8, got '1'"),
+        ("--act_bits=1", "--act_bits must be one of 0, 2, 3, 4, 5, 6, 7, 8, got '1'"),
+        ("--drop=1.5", "--drop must be at least 0 and at most 1, got '1.5'"),
         ("--bits=2,2", "bits must have at least one entry, each once, got '2,2'"),
         (
             "--reconstruction_batch_size=300",
