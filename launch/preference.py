@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, parse_names, validate
-from poise.launch.execution import ExecutionConfig
+from poise.launch.execution import BatchConfig
 from poise.launch.main import launch
 
 METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
@@ -22,7 +22,7 @@ METHODS = ("dpo", "ipo", "tdpo", "mapo", "sparse_po", "sparse_po_independent")
 
 
 @dataclasses.dataclass(frozen=True)
-class PreferenceConfig(ExecutionConfig):
+class PreferenceConfig(BatchConfig):
     """The settings of a comparison; every field is a flag of the same name."""
 
     workdir: str = field(

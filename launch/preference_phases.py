@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from poise.attention import dot_product_attention
-from poise.core import Algorithm, fold_in_examples, mean_over, sum_over
+from poise.core import Algorithm, fold_in_examples, in_microbatches, mean_over, sum_over
 from poise.launch.activations import with_activations
 from poise.launch.data import InMemory
 from poise.launch.phase import Phase
@@ -90,18 +90,22 @@ def mask_names(method: str) -> tuple[str, ...]:
     return {"sparse_po": ("common",), "sparse_po_independent": ("reward", "kl")}.get(method, ())
 
 
-def make_look(config: "PreferenceConfig", method: str, model: Transformer) -> Callable[..., Seen]:
+def make_look(
+    config: "PreferenceConfig", method: str, model: Transformer, num_microbatches: int = 1
+) -> Callable[..., Seen]:
     """A function that shows texts to policy and reference.
 
     Args:
       config: the run's settings.
       method: the loss.
       model: the decoder.
+      num_microbatches: parts of the texts that the policy sees one after the other.
 
     Returns:
       ``(trained, ref, tokens, mask, keys=None) -> Seen``; with a key for each text learned masks have dropout.
     """
     net = SparseTokenMask(config.num_layers, dropout=config.mask_dropout)
+    apply = in_microbatches(model.apply, num_microbatches)
 
     def mask_of(variables: PyTree, hidden: Array, keys: Array | None, index: int) -> Array:
         if keys is None:
@@ -113,7 +117,7 @@ def make_look(config: "PreferenceConfig", method: str, model: Transformer) -> Ca
         return jax.vmap(one, in_axes=(1, 0))(hidden, keys)
 
     def look(trained: dict[str, PyTree], ref: PyTree, tokens: Array, mask: Array, keys: Array | None = None) -> Seen:
-        logits = cast(Any, model).apply(trained["policy"], tokens[:, :-1])
+        logits = cast(Any, apply(trained["policy"], tokens[:, :-1]))
         base, activations = with_activations(model, ref, tokens[:, :-1])
         labels = tokens[:, 1:]
         weights: tuple[Array, Array] | None = None
@@ -146,6 +150,7 @@ def pretrain_algorithm(config: "PreferenceConfig", model: Transformer, axis_name
       axis_name: of the devices that share a batch under pmap.
     """
     optimizer = optax.adam(config.pretrain_learning_rate)
+    apply = in_microbatches(model.apply, config.microbatches)
 
     def init(key, batch):
         params = model.init(key, batch["tokens"][:, :-1])
@@ -157,7 +162,7 @@ def pretrain_algorithm(config: "PreferenceConfig", model: Transformer, axis_name
         count = jnp.maximum(sum_over(axis_name, jnp.sum(mask)), 1)
 
         def objective(params):
-            logps = token_logprobs(cast(Any, model).apply(params, tokens[:, :-1]), tokens[:, 1:], mask)
+            logps = token_logprobs(cast(Any, apply(params, tokens[:, :-1])), tokens[:, 1:], mask)
             return -jnp.sum(logps) / count
 
         loss, grads = sum_over(axis_name, jax.value_and_grad(objective)(state.params))
@@ -184,7 +189,7 @@ def preference_algorithm(
       previous: the state of the phase before, which holds the reference.
       axis_name: of the devices that share a batch under pmap.
     """
-    look = make_look(config, method, model)
+    look = make_look(config, method, model, config.microbatches)
     net = SparseTokenMask(config.num_layers)
     optimizer = optax.adamw(
         config.learning_rate, weight_decay=config.mask_weight_decay, mask={"policy": False, "masks": True}

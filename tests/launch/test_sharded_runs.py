@@ -231,7 +231,7 @@ LAUNCHERS = {
         "--min_history=4", "--hidden=4", "--losses=hl_gauss",
     ),
     "preference": (
-        "--num_layers=1", "--width=4", "--pretrain_steps=2", "--steps=2", "--batch_size=8", "--mask_dropout=0.5",
+        "--num_layers=1", "--width=4", "--pretrain_steps=2", "--steps=2", "--batch_size=16", "--mask_dropout=0.5",
         "--methods=sparse_po_independent,ipo", "--max_length=32",
     ),
     "lm": ("--recipe=smoke", "--steps=3", "--width=8", "--eval_tokens=128", "--batch_size=16", "--variants=softmax"),
@@ -259,7 +259,7 @@ def phases_of(name, flags, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LAUNCHERS))
-def test_every_launcher_gives_on_eight_devices_what_it_gives_on_one(name, tmp_path, monkeypatch):
+def test_every_launcher_gives_on_eight_devices_and_in_parts_what_it_gives_on_one(name, tmp_path, monkeypatch):
     flags = [f"--workdir={tmp_path}/run", *LAUNCHERS[name]]
     if name == "preference":
         texts = [{"prompt": f"{i}? ", "chosen": "yes" * (1 + i % 5), "rejected": "no" * (1 + i % 3)} for i in range(20)]
@@ -270,8 +270,13 @@ def test_every_launcher_gives_on_eight_devices_what_it_gives_on_one(name, tmp_pa
     for label, options in {"one": {"devices": jax.devices()[:1]}, "jit": {}, "pmap": {"parallel": "pmap"}}.items():
         fit(phases, workdir=tmp_path / label, seed=seed, start=start, tensorboard=False, **options)
         rows[label] = [json.loads(line) for line in (tmp_path / label / "metrics.jsonl").read_text().splitlines()]
+    if name != "value":  # which has no batches of examples
+        phases, _, _ = phases_of(name, [*flags, "--microbatches=2"], monkeypatch)
+        fit(phases, workdir=tmp_path / "parts", seed=seed, start=start, tensorboard=False, devices=jax.devices()[:1])
+        lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+        rows["parts"] = [json.loads(line) for line in lines]
     assert len(rows["one"]) == sum(phase.num_steps for phase in phases)
-    for label in ("jit", "pmap"):
+    for label in rows:
         for one, eight in zip(rows["one"], rows[label], strict=True):
             where = f"{label}, phase {one['phase']}, step {one['step']}: "
             for metric in set(one) - {"phase", "reward_accuracy"}:  # the latter begins with ties
