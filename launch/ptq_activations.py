@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import flax.linen as nn
 import jax
@@ -17,8 +17,15 @@ from poise.quant.lsq import LEAST_STEP
 
 _HEADER = "act_bits"  # of a file of integers whose activations have steps
 
+Make = TypeVar("Make", bound=Callable[..., Any])
 
-@functools.lru_cache(maxsize=8)
+
+def _kept(make: Make) -> Make:
+    """``functools.lru_cache`` for arguments that are modules, which have a hash that their type does not show."""
+    return cast(Make, functools.lru_cache(maxsize=16)(make))
+
+
+@_kept
 def activation_rules(act_bits: int) -> tuple[QuantRule, ...]:
     """One step for the input of every layer of the blocks; first and last layers are left alone, and with 0 bits all.
 
@@ -37,7 +44,7 @@ def activation_rules(act_bits: int) -> tuple[QuantRule, ...]:
     )
 
 
-@functools.lru_cache(maxsize=8)
+@_kept
 def first_steps(model: VisionTransformer, act_bits: int) -> Callable[[PyTree, Array], PyTree]:
     """``(params, images) -> quant``, compiled: steps by :func:`poise.quant.lsq_init`, by block and layer.
 
@@ -56,7 +63,7 @@ def first_steps(model: VisionTransformer, act_bits: int) -> Callable[[PyTree, Ar
     return calibrated
 
 
-@functools.lru_cache(maxsize=8)
+@_kept
 def quantized_block_of(num_heads: int, hidden: int, act_bits: int, drop: float) -> Callable[..., Array]:
     """``(params, tokens, activations, key) -> tokens``, one function for all blocks; it drops where there is a key."""
     module = TransformerBlock(num_heads, hidden)
@@ -94,7 +101,7 @@ def act_bits_of(quantized: QuantizedParams) -> int:
     return found
 
 
-@functools.lru_cache(maxsize=16)
+@_kept
 def quantized_forward(model: VisionTransformer, act_bits: int, integers: bool) -> Callable[[PyTree, Any], Array]:
     """``(variables, images) -> logits``, compiled: with quantized activations, in floats or in integer products.
 
@@ -116,7 +123,7 @@ def quantized_forward(model: VisionTransformer, act_bits: int, integers: bool) -
 
 def _scales(quant: PyTree) -> dict[str, Array]:
     """The steps of what lies on a grid of integers; what is shifted behind its quantizer does not."""
-    layers: dict[tuple[str, ...], dict[str, Array]] = {}
+    layers: dict[Any, dict[str, Any]] = {}
     for path, value in traverse_util.flatten_dict(quant).items():
         layers.setdefault(path[:-2], {})[path[-1]] = value
     alone = {"/".join(path): own["step"] for path, own in layers.items() if len(own) == 1}
