@@ -28,6 +28,7 @@ from poise.launch.manifest import (
     frozen_home,
     in_short,
     matching,
+    obstacle_of,
     quiet_orbax,
     read_frozen_manifest,
     read_leaves,
@@ -330,8 +331,9 @@ class CheckpointStore:
             raise
         except Exception as error:
             self._failed = True
+            reason = obstacle_of(error) or in_short(error)
             raise CheckpointError(
-                f"the checkpoint {path} can't be written: {in_short(error)}; earlier checkpoints are intact, the "
+                f"the checkpoint {path} can't be written: {reason}; earlier checkpoints are intact, the "
                 "same command goes on from the newest of them once that is mended"
             ) from error
 

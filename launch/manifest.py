@@ -85,7 +85,7 @@ def in_short(error: Exception) -> str:
     return words if len(words) <= 260 else f"{words[:120]} ... {words[-130:]}"
 
 
-def _obstacle(error: BaseException | None) -> str | None:
+def obstacle_of(error: BaseException | None) -> str | None:
     """What the system said, in its words, where it kept a file from being read; None where a file is missing or bad.
 
     Too many open files, an input/output error or a lack of rights say nothing about what is in a file. Python's own
@@ -135,7 +135,7 @@ def _read(path: pathlib.Path, item: str, args: Any) -> Any:
     except MemoryError:
         raise
     except Exception as error:
-        obstacle = _obstacle(error)
+        obstacle = obstacle_of(error)
         if obstacle is not None:
             raise CheckpointError(
                 f"the checkpoint {path} can't be read: {obstacle}; nothing was moved, the same command goes on once "
