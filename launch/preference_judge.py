@@ -116,8 +116,8 @@ def pair_figures(found: Likelihoods, pairs: Pairs, raters: float, beta: float) -
 
     Returns:
       ``ranking_accuracy`` and ``ranking_accuracy_before``, the same by the mean over tokens (``normalized_...``),
-      ``idealized_accuracy``, ``reward_accuracy``, the shares of all pairs that were ``flipped_right`` and
-      ``flipped_wrong``, and ``kl``, a token's.
+      ``idealized_accuracy``, ``reward_accuracy``, ``reward_margin``, the mean of the chosen text's implicit reward less
+      the other's, the shares of all pairs that were ``flipped_right`` and ``flipped_wrong``, and ``kl``, a token's.
     """
     masks = jnp.asarray(pairs.chosen_mask), jnp.asarray(pairs.rejected_mask)
 
@@ -137,6 +137,7 @@ def pair_figures(found: Likelihoods, pairs: Pairs, raters: float, beta: float) -
         "normalized_accuracy": ranking_accuracy(*both(found.chosen, found.rejected, True)),
         "idealized_accuracy": idealized_ranking_accuracy(*before, alpha=raters, beta=beta),
         "reward_accuracy": reward_accuracy(*after, *before),
+        "reward_margin": beta * jnp.mean((after[0] - before[0]) - (after[1] - before[1])),
         "flipped_right": changes[0, 1],
         "flipped_wrong": changes[1, 0],
         "kl": total / max(1, pairs.chosen_mask.sum() + pairs.rejected_mask.sum()),

@@ -237,10 +237,12 @@ def test_a_policy_that_is_the_reference_changes_nothing():
     figures = pair_figures(Likelihoods(chosen, rejected, chosen, rejected, zero, zero), data.held_out, 0.75, 0.5)
     assert figures["ranking_accuracy"] == figures["ranking_accuracy_before"]
     assert figures["ranking_accuracy"] == pytest.approx(np.mean(chosen.sum(1) >= rejected.sum(1)))
-    assert figures["kl"] == figures["reward_accuracy"] == figures["flipped_right"] == figures["flipped_wrong"] == 0
+    unchanged = ("kl", "reward_accuracy", "reward_margin", "flipped_right", "flipped_wrong")
+    assert all(figures[name] == 0 for name in unchanged)
     better = chosen + 10.0
     figures = pair_figures(Likelihoods(better, rejected, chosen, rejected, zero + 1, zero), data.held_out, 0.75, 0.5)
     assert figures["ranking_accuracy"] == figures["reward_accuracy"] == 1
+    assert figures["reward_margin"] == pytest.approx(0.5 * 10 * data.held_out.chosen_mask.sum(1).mean(), rel=1e-4)
     assert figures["flipped_right"] == pytest.approx(1 - figures["ranking_accuracy_before"])
     assert figures["kl"] == pytest.approx(0.5)
 

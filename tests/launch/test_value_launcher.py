@@ -110,6 +110,12 @@ def test_without_gymnax_its_environments_are_refused(tmp_path, monkeypatch, caps
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mesh_of_other_devices_is_refused(tmp_path, capsys):
+    assert value.main([f"--workdir={tmp_path}/run", "--mesh=data:3"]) == 2
+    assert "mesh must take all 8 devices, got 'data:3', which takes 3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_environment_is_refused_with_the_nearest_name(monkeypatch):
     fake = types.SimpleNamespace(registered_envs=["Breakout-MinAtar", "CartPole-v1"])
     monkeypatch.setitem(sys.modules, "gymnax", fake)
