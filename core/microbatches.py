@@ -15,8 +15,9 @@ def in_microbatches(apply: Callable[..., PyTree], num_microbatches: int) -> Call
 
     The loss that is taken of the outputs sees the whole batch, so it is the same loss whatever it is: one with
     statistics over the batch, such as the normalized weights of a distillation, or one of pairs of examples.
-    Gradients are those of the whole batch up to rounding. What is saved is the memory of activations, of which one
-    part's are there at a time; what it costs is a second forward pass, a third more arithmetic.
+    Gradients are those of the whole batch up to rounding, and up to what dropout draws. What is saved is the
+    memory of activations, of which one part's are there at a time; what it costs is a second forward pass, a third more
+    arithmetic.
 
     Args:
       apply: ``(variables, *examples, rngs=None, **options) -> outputs``, where each example's outputs depend on that
@@ -30,7 +31,8 @@ def in_microbatches(apply: Callable[..., PyTree], num_microbatches: int) -> Call
       part's number, so that parts don't share their dropout.
 
     Raises:
-      ValueError: if ``num_microbatches`` is below 1; at the call, if the examples can't be shared evenly.
+      ValueError: if ``num_microbatches`` is below 1; at the call, if the examples can't be shared evenly, or outputs
+        don't count them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -53,7 +55,7 @@ def in_microbatches(apply: Callable[..., PyTree], num_microbatches: int) -> Call
         return apply
 
     def applied(variables: PyTree, *examples: PyTree, rngs: dict[str, PRNGKeyArray] | None = None, **options: Any):
-        sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(examples)}
+        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(examples)}
         if len(sizes) != 1 or () in sizes:
             raise ValueError(f"examples must be counted by the first axis of all arrays, got lengths {sorted(sizes)}")
         (size,) = sizes.pop()
@@ -63,10 +65,18 @@ def in_microbatches(apply: Callable[..., PyTree], num_microbatches: int) -> Call
         @jax.checkpoint
         def one(variables: PyTree, part: PyTree, index: jax.Array) -> PyTree:
             own = {} if rngs is None else {"rngs": {name: jax.random.fold_in(rngs[name], index) for name in rngs}}
-            return apply(variables, *part, **own, **options)
+            outputs = apply(variables, *part, **own, **options)
+            for path, leaf in jax.tree.leaves_with_path(outputs):
+                if jnp.shape(leaf)[:1] != (size // num_microbatches,):
+                    raise ValueError(
+                        "apply must give outputs that count examples by their first axis, "
+                        f"{size // num_microbatches} in each part, got shape {jnp.shape(leaf)} "
+                        f"at {jax.tree_util.keystr(path) or 'the output'}"
+                    )
+            return outputs
 
         parts = jax.tree.map(
-            lambda leaf: jnp.moveaxis(leaf.reshape(-1, num_microbatches, *leaf.shape[1:]), 1, 0), examples
+            lambda leaf: jnp.moveaxis(jnp.reshape(leaf, (-1, num_microbatches, *jnp.shape(leaf)[1:])), 1, 0), examples
         )
         # A loop keeps the parts from being computed at once. XLA's CPU backend is slow at convolutions in loops, and
         # without one computes programs in an order that suits their memory.

@@ -373,7 +373,7 @@ class _Run:
     def fetch(self, program: Program, pending: _Pending) -> dict[str, Any]:
         """A step's metrics, after making sure that everything in them and in the state is finite."""
         metrics, finite = jax.device_get((pending.metrics, pending.finite))
-        finite = np.atleast_2d(finite).all(axis=0)  # over seeds
+        finite = np.asarray(np.atleast_2d(finite).all(axis=0))  # over seeds
         name = program.phase.name
         if not finite.all():
             bad = [leaf for leaf, fine in zip(program.finite_names, finite, strict=True) if not fine]

@@ -36,7 +36,8 @@ class Phase(NamedTuple):
       evaluate_every: evaluates after steps that are multiples of it; 0: once, at the phase's end.
       render: ``(state, key) -> pictures by name``, at the same steps; for writers that take pictures.
       num_seeds: of a state of several seeds, see :func:`poise.rl.over_seeds`: how many the first axis of all its leaves
-        and of all metrics counts. They are split over the devices, where these can share them evenly.
+        and of all metrics counts. They are split over the devices, where these can share them evenly; a batch
+        is then whole on all of them, and under pmap ``axis_name`` is for :func:`poise.rl.over_seeds` alone.
     """
 
     name: str

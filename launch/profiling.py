@@ -6,8 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from poise.launch.config import ConfigError
+from poise.launch.errors import LaunchError
 
 # jax is imported when a profile begins, so that mistakes in the flags answer at once.
+
+
+class ProfileError(LaunchError, RuntimeError):
+    """A profile that can't be written; the message names the folder."""
 
 
 class StepProfile:
@@ -43,7 +48,10 @@ class StepProfile:
         import jax
 
         if number == self._first:
-            jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            try:
+                jax.profiler.start_trace(str(self._folder), create_perfetto_trace=True)
+            except Exception as error:
+                raise ProfileError(f"profile_steps: no profile can be begun in {self._folder}: {error}") from error
             self._running = True
         if not self._running:
             return contextlib.nullcontext()
@@ -63,4 +71,7 @@ class StepProfile:
             import jax
 
             self._running = False
-            jax.profiler.stop_trace()
+            try:
+                jax.profiler.stop_trace()
+            except Exception as error:
+                raise ProfileError(f"profile_steps: the profile can't be written to {self._folder}: {error}") from error

@@ -29,7 +29,7 @@ class SyntheticImages:
     maximum = MAXIMUM
 
     def __init__(self, num_images: int, image_size: int = SIZE, seed: int = 0):
-        self.image_shape = (image_size, image_size, 3)
+        self.image_shape: tuple[int, int, int] = (image_size, image_size, 3)
         self._num_images = num_images
         size = _DIFFERENT * image_size * image_size * 3
         words = np.random.Philox(key=np.array([seed, 0], np.uint64)).random_raw(-(-size // 8))

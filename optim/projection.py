@@ -92,7 +92,8 @@ def project_radial(
     for the weight decay is ``wd_ratio``, and no other view is tried. If neither applies, the update stays as it is and
     the ratio is 1. Scalars and vectors are never projected.
 
-    A zero gradient has cosine 0, so it does count as orthogonal. Zero rows stay as they are. Norms and inner products
+    A zero gradient has cosine 0, so it does count as orthogonal; so does one
+    with a NaN, whose update is NaN anyway. Zero rows stay as they are. Norms and inner products
     of bfloat16 and float16 leaves are taken in float32. Leaves that are None or ``optax.MaskedNode`` in ``updates``
     pass through with ratio None.
 

@@ -90,9 +90,9 @@ def radial(
     def in_stages() -> Radial:
         return radial_in_stages(weight, grad, direction, geometry, delta, eps)
 
-    # Both branches of a conditional must agree in their shardings where those are part of the type.
-    explicit = AxisType.Explicit in jax.typeof(weight).sharding.mesh.axis_types
-    if weight.size < STAGED_SIZE or explicit:
+    # On explicit and manual axes types say how arrays lie, and both branches of a conditional would have to agree.
+    typed = any(kind is not AxisType.Auto for kind in jax.typeof(weight).sharding.mesh.axis_types)
+    if weight.size < STAGED_SIZE or typed:
         return at_once()
     return jax.lax.platform_dependent(cpu=in_stages, default=at_once)
 
@@ -129,8 +129,8 @@ def radial_in_stages(
     last = geometry.channel[-1]
     maybe = jnp.ones((), bool)
     if weight.shape[last] > FEW:
-        some = (jax.lax.slice_in_dim(x, 0, FEW, axis=last) for x in (weight, grad))
-        maybe = jnp.any(_all_below(_sums(*some, geometry.within), geometry, delta, eps))
+        few_weights, few_grads = (jax.lax.slice_in_dim(x, 0, FEW, axis=last) for x in (weight, grad))
+        maybe = jnp.any(_all_below(_sums(few_weights, few_grads, geometry.within), geometry, delta, eps))
     by_channel, row_weight = jax.lax.cond(maybe, look_at_channels, lambda: (never, no_rows))
     orthogonal, layer_weight = jax.lax.cond(jnp.all(by_channel), lambda: (never, no_layer), look_at_layer)
     by_layer = ~by_channel & orthogonal

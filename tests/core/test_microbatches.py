@@ -100,3 +100,7 @@ def test_bad_input():
         in_microbatches(NET.apply, 5)(VARIABLES, X)
     with pytest.raises(ValueError, match=r"first axis of all arrays, got lengths \[\(2,\), \(12,\)\]"):
         in_microbatches(NET.apply, 2)(VARIABLES, X, LABEL[:2])
+    with pytest.raises(ValueError, match=r"outputs that count examples by their first axis, 6 in each part, got shape"):
+        in_microbatches(lambda v, x: (x, x.mean(0)), 2)(VARIABLES, X)
+    with pytest.raises(ValueError, match=r"first axis of all arrays, got lengths \[\(\), \(12,\)\]"):
+        in_microbatches(lambda v, x, y: x, 2)(VARIABLES, X, 1.0)

@@ -9,7 +9,7 @@ import pytest
 from poise.core import Algorithm
 from poise.launch import NoData, Phase, fit, lm
 from poise.launch.config import ConfigError
-from poise.launch.profiling import StepProfile
+from poise.launch.profiling import ProfileError, StepProfile
 
 
 def counted(workdir, **options):
@@ -37,6 +37,12 @@ def test_steps_are_counted_over_phases_and_the_run_is_the_same(tmp_path):
 def test_a_profile_that_the_run_ends_before_is_written(tmp_path):
     counted(tmp_path, profile_steps=(6, 100))
     assert profiled_steps(tmp_path / "profile") == [6]
+
+
+def test_a_profile_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "profile").write_text("in the way")
+    with pytest.raises(ProfileError, match=r"profile_steps: .*profile"):
+        counted(tmp_path, profile_steps=(2, 3))
 
 
 @pytest.mark.parametrize("steps", [(1,), (3, 2), (0, 2), (1, 2, 3)])

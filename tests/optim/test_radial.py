@@ -101,3 +101,21 @@ def test_stages_under_vmap_and_grad_are_those_of_the_sums():
             for way in (radial_at_once, radial_in_stages)
         )
         np.testing.assert_allclose(other, one, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split", [(True, True, True), (True, False, False), (False, False, True)])
+def test_leaves_that_vary_under_shard_map_are_looked_at_at_once(monkeypatch, split):
+    monkeypatch.setattr(module, "STAGED_SIZE", 1)
+    jax.clear_caches()
+    tx = scale_by_adamp()
+    _, weight, grad, momentum = drawn((64, 48), ChannelAxes(), CHANNEL_VIEW)
+    devices = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    over, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+
+    def update(grad, weight, momentum):
+        return tx.update(grad, tx.init(weight)._replace(mu=momentum), weight)[0]
+
+    inputs = [jnp.tile(x, (4, 1)) if apart else x for x, apart in zip((grad, weight, momentum), split, strict=True)]
+    specs = tuple(over if apart else whole for apart in split)
+    found = jax.jit(jax.shard_map(update, mesh=devices, in_specs=specs, out_specs=over))(*inputs)
+    np.testing.assert_allclose(found, jnp.tile(update(grad, weight, momentum), (4, 1)), rtol=1e-4, atol=1e-4)
