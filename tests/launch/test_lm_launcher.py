@@ -83,17 +83,6 @@ def _count(writes):
     return evaluate
 
 
-@pytest.mark.parametrize("parts", [["--parallel=pmap"], ["--microbatches=2"]], ids=["pmap", "microbatches"])
-def test_parts_of_a_batch_give_what_the_whole_gives(finished, tmp_path, parts):
-    flags = [*TINY, "--variants=softmax", "--sample_tokens=0"]
-    assert lm.main([f"--workdir={tmp_path}", *flags, *parts]) == 0
-    for name in ("loss_1x", "loss_4x"):
-        one, eight = (
-            json.loads((d / "report.json").read_text())["losses"]["softmax"][name] for d in (finished, tmp_path)
-        )
-        assert eight == pytest.approx(one, rel=1e-5)
-
-
 def test_windows_of_every_length_predict_the_same_tokens():
     tokens = np.arange(1000)
     cut = lm_phases.evaluation_windows(tokens, [8, 16, 64], at_most=500)

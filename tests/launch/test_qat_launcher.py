@@ -111,18 +111,6 @@ def test_a_stopped_run_ends_with_the_same_bits(finished, phase, tmp_path):
     assert tiny.final_bits(stopped) == tiny.final_bits(tmp_path / "undisturbed")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", [["--parallel=pmap"], ["--microbatches=2"]], ids=["pmap", "microbatches"])
-def test_parts_of_a_batch_give_what_the_whole_gives(finished, tmp_path, flags):
-    assert qat.main([f"--workdir={tmp_path}/run", *TINY, *flags]) == 0
-    rows = list(zip(tiny.rows(finished[0]), tiny.rows(tmp_path / "run"), strict=True))
-    for one, eight in rows[:4]:
-        for name in ("loss", "grad_norm"):
-            assert eight[name] == pytest.approx(one[name], rel=1e-5)
-    for one, eight in rows[4:]:  # gradients around zero have moved some weights to other sides of a threshold
-        assert eight["loss"] == pytest.approx(one["loss"], rel=0.05)
-
-
 def blocks(guide):
     text = (pathlib.Path(__file__).parents[2] / "docs" / "guides" / guide).read_text()
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
