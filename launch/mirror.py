@@ -102,8 +102,8 @@ class Mirror:
         try:
             names = self._store.names()
             self._there = dict.fromkeys(saved_there(names))
-            if not self._is_whole(held, names):
-                with self._telling(f"bringing {self._store.address} down"):
+            with self._telling(f"bringing {self._store.address} down"):
+                if not self._goes_on(held, names) or not self._fill(names):
                     self._bring_down(names)
             here = saved_here(self._folder)
             self._there |= {saved: self._folder_of(saved) for saved in here if saved in self._there}
@@ -112,30 +112,47 @@ class Mirror:
                 self._clean(names)
             else:
                 self._adopt(names)
-            if not self._there.keys() >= set(here):
-                self._schedule(None)
         except BaseException:
             with contextlib.suppress(StoreError):
                 self._lease.end()
             raise
 
-    def _is_whole(self, held: int, names: Mapping[str, Any]) -> bool:
-        """Whether the folder has all that the store has, and perhaps more: nobody else wrote there since it had."""
+    def _goes_on(self, held: int, names: Mapping[str, Any]) -> bool:
+        """Whether the folder is as far as the store is, or further: nobody else wrote there since it had all of it."""
         mark = self._folder / _WHOLE
         if not held or not mark.is_file() or mark.read_text(encoding="utf-8") != str(held):
             return False
         here = saved_here(self._folder)
         if self._there and (not here or here[-1] < max(self._there)):
             return False
-        for saved in self._there.keys() & set(here):  # a cache folder may have been swept
-            try:
-                files, frozen = read_commit(saved, self._store.read(saved.commit))
-            except (BadCommit, MissingObject):
-                return False
-            paths = {self._folder / name: size for name, (size, _) in {**files, **frozen}.items()}
-            if any(not path.is_file() or path.stat().st_size != size for path, size in paths.items()):
-                return False
-        return all((self._folder / name).is_file() for name in others_in(names))
+        # the rows of the store may end before a checkpoint that was not brought up
+        return all((self._folder / name).is_file() for name in others_in(names) if name.endswith(".jsonl"))
+
+    def _fill(self, names: Mapping[str, Any]) -> bool:
+        """Brings down what is missing: a cache folder may have been swept, and later checkpoints here be damaged."""
+        for saved in sorted(self._there):
+            if not self._has(saved):
+                try:
+                    bring_checkpoint(self._store, self._folder, saved, names)
+                except BadCommit as error:
+                    self._passed_over(saved, error)
+        missing = [name for name in others_in(names) if not (self._folder / name).is_file()]
+        at_once(lambda name: self._store.get(name, self._folder / name), missing)
+        return not self._there or bool(saved_here(self._folder))
+
+    def _has(self, saved: Saved) -> bool:
+        """Whether all files of a checkpoint are here, by their sizes."""
+        try:
+            files, frozen = read_commit(saved, self._store.read(saved.commit))
+        except (BadCommit, MissingObject):
+            return False
+        paths = {self._folder / name: size for name, (size, _) in {**files, **frozen}.items()}
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+    def _passed_over(self, saved: Saved, error: BadCommit) -> None:
+        self.log(
+            f"warning: the checkpoint {self._store.address}/{saved.folder} is damaged and was passed over: {error}"
+        )
 
     def _bring_down(self, names: Mapping[str, Any]) -> None:
         (self._folder / _WHOLE).unlink(missing_ok=True)
@@ -155,9 +172,7 @@ class Mirror:
                 f"because {damaged[newest]}; remove {COMMITS} there to start afresh"
             )
         for saved, error in damaged.items():
-            self.log(
-                f"warning: the checkpoint {self._store.address}/{saved.folder} is damaged and was passed over: {error}"
-            )
+            self._passed_over(saved, error)
         if BEGUN not in names:  # whether they are whole is known when they are read
             others += [name for name in names if name.startswith(f"{CHECKPOINTS}/") and name not in kept]
         at_once(lambda name: self._store.get(name, self._folder / name), others)

@@ -238,6 +238,73 @@ def test_a_swept_cache_folder_is_filled_again(store):
     check_invariants(store)
 
 
+def interrupted(store):
+    """A run that keeps one checkpoint and ends, as by SIGKILL, when the last that it made is not in the store."""
+    fake.use(fake.LocalStore.home, refuse="checkpoints/01_b/6/state")
+    with pytest.raises(CheckpointError):
+        toy_run(keep=1)
+    fake.use(fake.LocalStore.home)
+    assert saved_here(workdir_path(RUN)) == [Saved("00_a", 3), Saved("01_b", 6)]
+    assert Saved("01_b", 4) in commits.saved_there(store.names())
+
+
+def test_a_checkpoint_that_nobody_has_looked_at_takes_no_other_s_place(store):
+    interrupted(store)
+    folder = workdir_path(RUN)
+    (folder / "checkpoints" / "01_b" / "6" / "state" / "d" / "0").unlink()  # a power cut, a swept cache
+    with claimed_workdir(RUN):
+        up = mirror_of(folder)
+        up.wait()
+        assert Saved("01_b", 6) not in commits.saved_there(store.names())
+        assert saved_here(folder)[-2:] == [Saved("01_b", 4), Saved("01_b", 6)]
+        for name, text in content(4).items():
+            assert (folder / "checkpoints" / "01_b" / "4" / name).read_text() == text
+        (folder / "checkpoints" / "01_b" / "6").rename(folder / "aside")  # as reading does with a damaged one
+        shutil.rmtree(folder / "aside")
+    check_invariants(store)
+    assert commits.saved_there(store.names())[-1] == Saved("01_b", 4)
+
+
+def test_the_one_that_a_claim_without_a_look_brings_up_leaves_the_one_before(store):
+    interrupted(store)
+    with pytest.raises(ConfigError), claimed_workdir(RUN):
+        raise ConfigError("a flag")
+    assert Saved("01_b", 4) in commits.saved_there(store.names())
+    check_invariants(store)
+
+
+def test_a_tool_s_picture_in_the_store_costs_no_checkpoint(store):
+    interrupted(store)
+    store.write("samples_nfe1.png", b"picture")
+    assert toy_run(keep=1) == STEPS
+    assert (workdir_path(RUN) / "samples_nfe1.png").read_bytes() == b"picture"
+    check_invariants(store)
+
+
+def test_an_older_checkpoint_that_was_swept_costs_no_later_one(store):
+    interrupted(store)
+    swept = workdir_path(RUN) / "checkpoints" / "00_a" / "3" / "state" / "d" / "0"
+    swept.unlink()
+    assert toy_run(keep=1) == STEPS
+    assert swept.read_text() == content(3)["state/d/0"]
+
+
+def test_without_its_rows_a_later_checkpoint_is_given_up(store):
+    interrupted(store)
+    (workdir_path(RUN) / "metrics.jsonl").unlink()
+    assert toy_run(keep=1) == 4
+    check_invariants(store)
+
+
+def test_in_a_folder_that_goes_on_a_damaged_checkpoint_is_told(store, capsys):
+    toy_run()
+    for saved in commits.saved_there(store.names()):
+        harm(store, saved, "commit cut")
+    with pytest.raises(CheckpointError, match="all 4 checkpoints in gs://bucket/run are damaged"):
+        toy_run()
+    assert "01_b/6 is damaged and was passed over: its list of files is damaged" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "damage", ["missing", "cut", "flipped", "commit cut", "commit of another format", "commit empty"]
 )
