@@ -2,10 +2,11 @@
 
 The holders of an address are numbered. Holder ``n`` has the object ``.lease/<n>``, which it alone writes: every
 20 seconds while it lives, and once more when it leaves. Who comes next creates ``.lease/<n + 1>``, which the store
-lets only one of several do. Whoever finds a number above its own has lost the address and writes nothing any more.
+lets only one of several do. Whoever finds a number above its own has lost the address and begins no write any more:
+it looks with each sign of life, before each checkpoint, and before each object if its last look is a minute ago.
 
-What this doesn't promise: the store asks no writer for its lease. A holder that was frozen for over two minutes in
-the middle of a write ends that write when it thaws, and only then finds that it has lost.
+What this doesn't promise: the store asks no writer for its lease. A holder that was frozen for over two minutes ends
+the writes that were under way when it thaws, and only then finds that it has lost.
 """
 
 import json
@@ -20,6 +21,7 @@ from poise.launch.lock import WorkdirLocked
 from poise.launch.object_store import MissingObject, ObjectStore, StoreError
 
 RENEW_SECONDS, EXPIRES_SECONDS, WATCH_SECONDS = 20.0, 120.0, 2.0
+_LOOK_SECONDS = 60.0  # who has not looked for so long may have been frozen
 FOLDER = ".lease"
 
 
@@ -50,6 +52,7 @@ class Lease:
         self._owner, self._facts = owner, {"owner": owner, "host": socket.gethostname(), "pid": os.getpid()}
         self.number, self._count = 0, 0
         self._lost: LeaseLost | None = None
+        self._looked = clock()
         self._ended = threading.Event()
         self._thread: threading.Thread | None = None
         self._writing = threading.Lock()
@@ -167,6 +170,7 @@ class Lease:
         Raises:
           LeaseLost: if somebody else has taken it over.
         """
+        now = self._clock()
         numbers = [] if self._lost else self._numbers()
         if numbers and numbers[-1] > self.number:
             last = self._last()
@@ -176,6 +180,16 @@ class Lease:
             )
         if self._lost:
             raise self._lost
+        self._looked = now
+
+    def hold(self) -> None:
+        """Makes sure before a write that the address is this launcher's, by the last look unless that is long ago.
+
+        Raises:
+          LeaseLost: if somebody else has taken it over.
+        """
+        if self._lost or self._clock() - self._looked > _LOOK_SECONDS:
+            self.check()
 
     def end(self) -> None:
         """Leaves the address to whoever comes, at once.

@@ -20,7 +20,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from poise.launch.commits import (
@@ -187,17 +187,21 @@ class Mirror:
 
     def _clean(self, names: Mapping[str, Any]) -> None:
         """Removes what an upload or a removal that was cut off left."""
+        self._lease.check()
         known = {saved.folder for saved in self._there}
         inner = re.compile(rf"({CHECKPOINTS}/{CHECKPOINT.pattern})/.*")
         loose = [name for name in names if (match := inner.fullmatch(name)) and match[1] not in known]
-        self._store.remove_all(loose)
+        self._each(self._store.remove, loose)
 
     def _adopt(self, names: Mapping[str, Any]) -> None:
         """Takes checkpoints over that somebody copied there; their objects stay as they are."""
+        self._lease.check()
         for saved in saved_here(self._folder):
             files = files_under(self._folder, saved.folder)
             if saved not in self._there and all(name in names for name in files):
-                self._store.write(saved.commit, commit_content(listed(files), listed(self._frozen())))
+                content = commit_content(listed(files), listed(self._frozen()))
+                self._lease.check()
+                self._store.write(saved.commit, content)
                 self._there[saved] = self._folder_of(saved)
         self._store.write(BEGUN, b"")
 
@@ -212,6 +216,15 @@ class Mirror:
         return files_under(self._folder, FROZEN)
 
     # Up
+
+    def _each(self, action: Callable[[str], None], names: Iterable[str]) -> None:
+        """Writes or removes several objects, as long as the address is this launcher's."""
+
+        def one(name: str) -> None:
+            self._lease.hold()
+            action(name)
+
+        at_once(one, names)
 
     def saved(self, path: pathlib.Path) -> None:
         """A checkpoint is being written to this path; as soon as it is complete it goes up, in the background."""
@@ -262,6 +275,7 @@ class Mirror:
                 with contextlib.suppress(FileNotFoundError):
                     state = _state(changed[name])
                     shutil.copyfile(changed[name], copy)
+                    self._lease.hold()
                     self._store.put(copy, name)
                     self._sent[name] = state
         finally:
@@ -269,10 +283,12 @@ class Mirror:
 
     def _commit(self, saved: Saved) -> None:
         files, frozen = files_under(self._folder, saved.folder), self._frozen()
+        self._lease.check()
         left = self._store.names(saved.folder)  # by an upload that was cut off
-        self._store.remove_all(name for name in left if name not in files)
+        self._each(self._store.remove, [name for name in left if name not in files])
         new = {name: path for name, path in frozen.items() if self._sent.get(name) != _state(path)}
-        self._store.put_all({**new, **files})
+        paths = {**new, **files}
+        self._each(lambda name: self._store.put(paths[name], name), paths)
         self._sent |= {name: _state(path) for name, path in new.items()}
         content = commit_content(listed(files), listed(frozen))
         if not files or files_under(self._folder, saved.folder).keys() != files.keys():  # it is going away
@@ -282,9 +298,10 @@ class Mirror:
         self._there[saved] = self._folder_of(saved)
 
     def _withdraw(self, saved: Saved) -> None:
+        self._lease.check()
         self._store.remove(saved.commit)
         del self._there[saved]
-        self._store.remove_all(self._store.names(saved.folder))
+        self._each(self._store.remove, self._store.names(saved.folder))
 
     def check(self) -> None:
         """Raises what went wrong in the background so far; costs nothing.

@@ -226,10 +226,6 @@ class ObjectStore:
         """Several files, by their objects' names."""
         at_once(lambda name: self.put(files[name], name), files)
 
-    def remove_all(self, names: Iterable[str]) -> None:
-        """Several objects."""
-        at_once(self.remove, names)
-
 
 def at_once(action: Callable[[str], Any], names: Iterable[str]) -> None:
     """Does the same for several objects at a time; the first failure is raised, once nothing is under way."""

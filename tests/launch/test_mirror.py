@@ -1,5 +1,6 @@
 """Runs in object stores: what is in the store is whole after every single write, and belongs to one launcher."""
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import importlib.util
@@ -606,6 +607,73 @@ def test_a_run_that_lost_its_address_writes_nothing_more(tmp_path, monkeypatch, 
     assert Saved("01_b", 6) not in commits.saved_there(later)
     assert later["metrics.jsonl"] == seen["metrics.jsonl"]
     assert store.read(".lease/00000002.json")
+
+
+def take_over(store):
+    store.write(".lease/00000002.json", json.dumps({"owner": "x", "host": "two", "pid": 7}).encode())
+    fake.LocalStore.changes.clear()
+
+
+def changed():
+    return [name for name in fake.LocalStore.changes if "/.lease/" not in name]
+
+
+@pytest.mark.parametrize("at", ["checkpoints/01_b/4/", ".commits/01_b/6.json", "checkpoints/00_a/2/"])
+def test_a_holder_that_is_replaced_amid_its_writes_begins_no_other(monkeypatch, store, at):
+    """Frozen right before one write, of eight that are under way at most: that ends, and nothing follows it."""
+    plain, took, lock = fake.LocalStore._change, [], threading.RLock()
+
+    def frozen(self, path):
+        with lock:
+            if not took and path.startswith(f"bucket/run/{at}"):
+                took.append(path)
+                monkeypatch.setattr(lease, "_LOOK_SECONDS", -1.0)
+                take_over(store)
+        plain(self, path)
+
+    monkeypatch.setattr(mirror.concurrent.futures, "ThreadPoolExecutor", one_at_a_time)
+    monkeypatch.setattr(fake.LocalStore, "_change", frozen)
+    with pytest.raises(CheckpointError, match="was taken over by another launcher"):
+        toy_run(keep=1)
+    assert changed() == took
+
+
+def one_at_a_time(*_):
+    return concurrent.futures.thread.ThreadPoolExecutor(1)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_holder_that_is_replaced_while_it_brings_things_down_writes_nothing(tmp_path, monkeypatch, store, begun):
+    toy_run()
+    store.write("checkpoints/01_b/5/loose", b"")
+    if not begun:
+        for name in store.names(".commits"):
+            store.remove(name)
+    move_to(tmp_path, monkeypatch, "two")
+    prepare_workdir(RUN)
+    bring_down = mirror.Mirror._bring_down
+
+    def long(self, names):
+        bring_down(self, names)
+        store.write(".lease/00000003.json", b"{}")
+        fake.LocalStore.changes.clear()
+
+    monkeypatch.setattr(mirror.Mirror, "_bring_down", long)
+    with pytest.raises(lease.LeaseLost), claimed_workdir(RUN):
+        pass
+    assert changed() == []
+
+
+def test_a_look_is_free_unless_the_last_is_long_ago(store):
+    clock = Time()
+    own = lease.Lease(store, "own", lambda _: None, clock.clock, clock.sleep)
+    own.take()
+    store.write(".lease/00000002.json", b"{}")
+    own.hold()
+    clock.now = 100.0
+    with pytest.raises(lease.LeaseLost):
+        own.hold()
+    own.end()
 
 
 # Through the frame of every launcher
