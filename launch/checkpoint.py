@@ -358,9 +358,8 @@ class CheckpointStore:
         if self._manager is not None:
             with self._saving(self._folders[self._manager_phase]):
                 self._manager.wait_until_finished()
-        mirror = self._mirror()
-        if mirror is not None:
-            mirror.wait()
+        with self._failing():
+            only_main(self._brought_up, CheckpointError)
 
     def check(self) -> None:
         """Raises what went wrong in the background so far; costs nothing.
@@ -373,7 +372,22 @@ class CheckpointStore:
                 self._manager.check_for_errors()
         mirror = self._mirror()
         if mirror is not None:
-            mirror.check()
+            with self._failing():
+                mirror.check()
+
+    def _brought_up(self) -> None:
+        mirror = self._mirror()
+        if mirror is not None:
+            mirror.wait()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Notes a failure, after which the processes don't wait for each other any more."""
+        try:
+            yield
+        except BaseException:
+            self._failed = True
+            raise
 
     def close(self) -> None:
         """Waits and lets go of the files."""

@@ -18,7 +18,8 @@ from poise.launch.object_store import MissingObject, ObjectStore, at_once, is_sa
 
 CHECKPOINTS, FROZEN, COMMITS = "checkpoints", "checkpoints/frozen", ".commits"
 BEGUN = ".commits/begun"  # from then on a checkpoint is what a commit says; before, what somebody copied there
-_NOT_MIRRORED = ("checkpoints", "data", "tensorboard")  # of these tensorboard goes up, and isn't needed down here
+# of these tensorboard and profile go up, and aren't needed down here
+_NOT_MIRRORED = ("checkpoints", "data", "tensorboard", "profile")
 _FORMAT = 1
 CHECKPOINT = re.compile(r"(\d\d+_[\w-]+)/(\d+)")
 

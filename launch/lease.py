@@ -11,6 +11,7 @@ the writes that were under way when it thaws, and only then finds that it has lo
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from poise.launch.lock import WorkdirLocked
-from poise.launch.object_store import MissingObject, ObjectStore, StoreError
+from poise.launch.object_store import MissingObject, ObjectStore, StoreError, in_words
 
 RENEW_SECONDS, EXPIRES_SECONDS, WATCH_SECONDS = 20.0, 120.0, 2.0
 _LOOK_SECONDS = 60.0  # who has not looked for so long may have been frozen
@@ -26,7 +27,7 @@ FOLDER = ".lease"
 
 
 class LeaseLost(StoreError):
-    """Another launcher took the address over."""
+    """The address is this launcher's no more: another one took it over, or no sign of life can be given."""
 
 
 class Lease:
@@ -75,7 +76,8 @@ class Lease:
         while True:
             last = self._last()
             if last is not None and last[1].get("owner") == self._owner:
-                self.number, self._count = last[0], int(last[1].get("count", 0))
+                count = last[1].get("count")
+                self.number, self._count = last[0], count if isinstance(count, int) else 0
                 self._write()
                 self._start()
                 return self.number
@@ -110,8 +112,9 @@ class Lease:
         return f"{FOLDER}/{number:08d}.json"
 
     def _numbers(self) -> list[int]:
-        names = (name.removeprefix(f"{FOLDER}/").removesuffix(".json") for name in self._store.names(FOLDER))
-        return sorted(int(name) for name in names if name.isdecimal())
+        names = self._store.names(FOLDER)
+        found = (re.fullmatch(rf"{re.escape(FOLDER)}/([0-9]{{8,}})\.json", name) for name in names)
+        return sorted(number for number in (int(match[1]) for match in found if match) if self._name(number) in names)
 
     def _last(self) -> tuple[int, dict[str, Any]] | None:
         """The last holder; what isn't written as it should be counts as one of unknown name."""
@@ -122,7 +125,7 @@ class Lease:
             content = json.loads(self._store.read(self._name(numbers[-1])))
         except MissingObject:
             return self._last()
-        except ValueError:
+        except (ValueError, TypeError, RecursionError):
             content = None
         return numbers[-1], content if isinstance(content, dict) else {}
 
@@ -159,6 +162,9 @@ class Lease:
                 return
             except StoreError:  # a store that is away for a while; whatever must be written says so itself
                 continue
+            except Exception as error:
+                self._lost = LeaseLost(f"{self._store.address} can't be held any more: {in_words(error)}")
+                return
 
     def lost(self) -> LeaseLost | None:
         """What was found by the last look, which costs nothing."""

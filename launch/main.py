@@ -69,7 +69,7 @@ def launch(
             token = main_says(secrets.token_hex(8))
 
             def claim() -> None:
-                prepare_workdir(workdir)
+                prepare_workdir(config.workdir)
                 stack.enter_context(claimed_workdir(config.workdir))
                 settle_config(config, workdir)
                 if several():

@@ -21,6 +21,7 @@ from poise.launch.files import atomic_path
 
 SCRATCH = "POISE_SCRATCH"
 _LIBRARIES = {"gs": ("gcsfs", "'poise[gcs]'"), "s3": ("s3fs", "s3fs"), "az": ("adlfs", "adlfs")}
+_NAME_BYTES = 255 - len(f"..{2**22}.tmp")  # what file systems allow, less what a file's temporary name adds
 _AT_ONCE = 8  # objects under way; each waits for the network most of its time
 
 Result = TypeVar("Result")
@@ -87,7 +88,7 @@ def is_safe(name: str) -> bool:
     """
     parts = name.split("/")
     return (
-        all(part not in ("", ".", "..") and len(part) < 256 for part in parts)
+        all(part not in ("", ".", "..") and len(part.encode("utf-8", "surrogatepass")) <= _NAME_BYTES for part in parts)
         and "\\" not in name
         and name.isprintable()
         and not re.match("[A-Za-z]:", name)
@@ -122,10 +123,17 @@ def make_private(folder: pathlib.Path) -> None:
     """Makes a scratch folder that nobody else may write to.
 
     Raises:
-      ConfigError: if it can't be made, with the variable that names another place.
+      ConfigError: if it can't be made, or is somebody else's, with the variable that names another place.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        facts = folder.stat()
+        if facts.st_uid != os.getuid():
+            raise ConfigError(
+                f"the scratch folder {folder} is another user's; the variable {SCRATCH} names another place"
+            )
+        if facts.st_mode & 0o077:
+            folder.chmod(0o700)
     except OSError as error:
         raise ConfigError(
             f"the scratch folder {folder} cannot be made: {error.strerror or error}; the variable {SCRATCH} names "
@@ -175,13 +183,13 @@ class ObjectStore:
         return f"{self._root}/{name}"
 
     def names(self, under: str = "") -> dict[str, Entry]:
-        """All objects whose names begin with a folder's, ``""`` for all; what is no file's name is left out."""
+        """All objects in a folder, or of that very name, ``""`` for all; what is no file's name is left out."""
         folder = self._at(under).rstrip("/")
         found = self._do(self._files.find, under, folder, detail=True)
         entries = {}
         for path, facts in found.items():
             name = path.removeprefix(f"{self._root}/")
-            if name != path and is_safe(name) and facts.get("type") != "directory":
+            if name != path and is_safe(name) and facts.get("type") != "directory" and _is_under(name, under):
                 entries[name] = Entry(int(facts.get("size") or 0), _time_of(facts))
         return entries
 
@@ -212,10 +220,18 @@ class ObjectStore:
         self._do(self._files.put_file, name, str(path), self._at(name))
 
     def get(self, name: str, path: pathlib.Path) -> None:
-        """Brings an object down to a file, which is there whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            self._do(self._files.get_file, name, self._at(name), str(temporary))
+        """Brings an object down to a file, which is there whole or not at all.
+
+        Raises:
+          MissingObject: if there is none.
+          StoreError: if it can't be read, or the file can't be written.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_path(path) as temporary:
+                self._do(self._files.get_file, name, self._at(name), str(temporary))
+        except OSError as error:  # such as objects a and a/b, of which a folder holds only one
+            raise StoreError(f"{self.address}/{name} can't be brought to {path}: {in_words(error)}") from error
 
     def remove(self, name: str) -> None:
         """Removes an object, if it is there."""
@@ -242,6 +258,11 @@ def in_words(error: BaseException) -> str:
     """A library's error as one short line."""
     words = " ".join(str(getattr(error, "strerror", None) or error).split()) or "no reason given"
     return f"{type(error).__name__}: {words[:300]}"
+
+
+def _is_under(name: str, folder: str) -> bool:
+    """Some libraries list by the beginnings of names, and ``3`` is one of ``30``."""
+    return not folder or name == folder or name.startswith(f"{folder}/")
 
 
 def _time_of(facts: Mapping[str, Any]) -> float | None:

@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from poise.launch import commits, lease, mirror
+from poise.launch import commits, lease, mirror, object_store
 from poise.launch.commits import Saved, saved_here
 from poise.launch.config import ConfigError, field
 from poise.launch.execution import ExecutionConfig
@@ -21,7 +21,7 @@ from poise.launch.lock import WorkdirLocked
 from poise.launch.main import launch
 from poise.launch.manifest import CheckpointError
 from poise.launch.mirror import claimed_workdir, mirror_of
-from poise.launch.object_store import ObjectStore, checked_address, delivered, is_safe, settled
+from poise.launch.object_store import ObjectStore, StoreError, checked_address, delivered, is_safe, settled
 from poise.launch.workdir import prepare_workdir, workdir_path
 from poise.launch.writers import truncate_jsonl
 
@@ -674,6 +674,124 @@ def test_a_look_is_free_unless_the_last_is_long_ago(store):
     with pytest.raises(lease.LeaseLost):
         own.hold()
     own.end()
+
+
+@pytest.mark.parametrize(
+    "name", ["3", "00000003x", "\u0660\u0660\u0660\u0660\u0660\u0660\u0660\u0663", "000000003", "x/00000003"]
+)
+def test_only_the_holders_own_names_are_numbers(store, name):
+    store.write(f".lease/{name}.json", b"{}")
+    own = lease.Lease(store, "own", lambda _: None)
+    own.take()
+    assert own.number == 1
+    own.end()
+
+
+@pytest.mark.parametrize("count", ['"x"', "null", "[1]", "1e400", "7"])
+def test_any_count_of_the_same_owner_will_do(store, count):
+    store.write(".lease/00000004.json", b'{"owner": "own", "count": %s}' % count.encode())
+    own = lease.Lease(store, "own", lambda _: None)
+    assert own.take() == 4
+    own.end()
+
+
+def test_a_lease_of_deep_brackets_is_somebody_s(store):
+    store.write(".lease/00000004.json", b"[" * 100_000)
+    assert lease.Lease(store, "own", lambda _: None)._last() == (4, {})
+
+
+def test_a_renewal_that_ends_is_told_at_the_next_look(store, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.001)
+    own = lease.Lease(store, "own", lambda _: None)
+    own.take()
+    with monkeypatch.context() as broken:
+        broken.setattr(own, "_numbers", lambda: 1 / 0)
+        own._thread.join(10)
+    with pytest.raises(lease.LeaseLost, match="gs://bucket/run can't be held any more: ZeroDivisionError"):
+        own.hold()
+
+
+# Objects and folders
+
+
+def test_a_folder_s_objects_are_not_those_of_one_whose_name_goes_on(store, monkeypatch):
+    for name in ("c/3/x", "c/30/x", "c/3"):
+        store.write(name, b"x")
+    everything = fake.LocalStore.find
+    monkeypatch.setattr(fake.LocalStore, "find", lambda self, path, **_: everything(self, "bucket", detail=True))
+    assert set(store.names("c/3")) == {"c/3", "c/3/x"}
+
+
+@pytest.mark.parametrize("first", ["a", "a/b"])
+def test_objects_of_which_a_folder_holds_only_one_are_told(tmp_path, store, first):
+    for name in ("a", "a/b"):
+        store.write(name, b"x")
+    store.get(first, tmp_path / "folder" / first)
+    other = {"a": "a/b", "a/b": "a"}[first]
+    with pytest.raises(StoreError, match=f"gs://bucket/run/{other} can't be brought to "):
+        store.get(other, tmp_path / "folder" / other)
+
+
+def test_a_name_that_is_safe_has_room_for_its_temporary_one(tmp_path):
+    store = ObjectStore("gs://b/r")
+    for letter in ("x", "\u00e9"):
+        longest = max(length for length in range(1, 256) if is_safe(letter * length))
+        assert longest * len(letter.encode()) >= 240
+        store.write(letter * longest, b"x")
+        store.get(letter * longest, tmp_path / (letter * longest))
+
+
+def test_a_profile_is_not_needed_down_here():
+    assert commits.others_in({"profile/plugins/x": 0, "tensorboard/x": 0, "report.json": 0}) == ["report.json"]
+
+
+def test_a_scratch_folder_is_its_user_s_alone(monkeypatch):
+    folder = workdir_path(RUN)
+    folder.mkdir(parents=True, mode=0o755)
+    assert start() == 0
+    assert folder.stat().st_mode & 0o777 == 0o700
+    shutil.rmtree(folder)
+    assert start() == 0
+    assert folder.stat().st_mode & 0o777 == 0o700
+    monkeypatch.setattr(object_store.os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(ConfigError, match="is another user's; the variable POISE_SCRATCH names another place"):
+        prepare_workdir(RUN)
+
+
+@pytest.mark.parametrize("look", ["wait", "check"])
+def test_processes_do_not_wait_for_each_other_once_an_upload_failed(tmp_path, monkeypatch, look):
+    from poise.launch import checkpoint
+
+    class Manager:
+        def wait_until_finished(self):
+            pass
+
+        check_for_errors = wait_until_finished
+
+        def close(self):
+            raise AssertionError("others don't come")
+
+    class Failing(mirror.Mirror):
+        log = print
+
+        def __init__(self):
+            pass
+
+        def wait(self):
+            raise CheckpointError("refused")
+
+        check = wait
+
+    said = []
+    own = checkpoint.CheckpointStore(tmp_path / "checkpoints", [("a", 1)], 0, 1, print)
+    own._manager, own._manager_phase = Manager(), 0
+    monkeypatch.setattr(checkpoint, "mirror_of", lambda folder: Failing())
+    monkeypatch.setattr(checkpoint, "several", lambda: True)
+    monkeypatch.setattr(checkpoint, "only_main", lambda action, *kinds: (said.append(kinds), action()))
+    with pytest.raises(CheckpointError, match="refused"):
+        getattr(own, look)()
+    own.close()
+    assert said == ([(CheckpointError,)] if look == "wait" else [])
 
 
 # Through the frame of every launcher
