@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
-from poise.launch.object_store import delivered, settled
+from poise.launch.object_store import checked_address, delivered, is_address, settled
 
 PIXELS = "pixels"
 
@@ -55,6 +55,12 @@ class EvaluateConfig:
             raise ConfigError(f"nfe must be odd: n Heun steps take 2n - 1 evaluations, got {self.nfe}")
         if self.features != PIXELS and not all(self.features.partition(":")):
             raise ConfigError(f"features must be {PIXELS} or package.module:function, got {self.features!r}")
+        for name in ("data_dir", "reference"):
+            if is_address(getattr(self, name)):
+                raise ConfigError(f"{name} must be on this machine, got the address {getattr(self, name)!r}")
+        for name in ("write_reference", "write_generated", "output"):
+            if is_address(getattr(self, name)):
+                checked_address(getattr(self, name), name)
         if self.reference and self.write_reference:
             raise ConfigError("reference and write_reference exclude each other: the statistics are there already")
 
@@ -211,14 +217,12 @@ def read_statistics(path: str) -> Summary:
 
 
 def write_statistics(path: str, summary: Summary) -> None:
-    """Writes ``mu`` and ``sigma`` as an ``.npz`` file."""
+    """Writes ``mu`` and ``sigma`` as an ``.npz`` file, to a path or an address."""
     import numpy as np
 
     from poise.launch.files import atomic_path
 
-    target = pathlib.Path(path).expanduser()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(target) as temporary, temporary.open("wb") as file:
+    with delivered(path) as target, atomic_path(target) as temporary, temporary.open("wb") as file:
         np.savez(file, mu=summary.mean, sigma=summary.cov)
 
 

@@ -1,9 +1,11 @@
 """Runs that are looked at: their folder, or of an address in an object store a copy of the part that is needed."""
 
+import contextlib
+import fcntl
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from poise.launch.commits import (
     BEGUN,
@@ -14,6 +16,7 @@ from poise.launch.commits import (
     saved_here,
     saved_there,
 )
+from poise.launch.lock import LOCK_FILE
 from poise.launch.mirror import mirror_of
 from poise.launch.object_store import (
     Entry,
@@ -45,7 +48,8 @@ def local_copy(place: str | os.PathLike[str], checkpoints: str | None = None) ->
       The path on this machine.
 
     Raises:
-      ConfigError: if it is an address that can't be read.
+      ConfigError: if it is an address of no store that is known, or whose library is not installed.
+      StoreError: if the store can't be reached or refuses, or a result is removed again and again.
       CheckpointError: if the checkpoints that are needed are all damaged.
 
     Example:
@@ -68,11 +72,16 @@ def local_copy(place: str | os.PathLike[str], checkpoints: str | None = None) ->
         for left in reversed(range(_TRIES)):
             names = store.names()
             try:
-                _refresh(store, folder, others_in(names), names)
-                if within or checkpoints is not None:
-                    _bring_newest(store, folder, within or checkpoints or "", names)
+                with _changing(folder):
+                    _forget(folder, names)
+                    _refresh(store, folder, others_in(names), names)
+                    if within or checkpoints is not None:
+                        _bring_newest(store, folder, within or checkpoints or "", names)
                 break
-            except (BadCommit, MissingObject) as error:
+            except MissingObject:
+                if not left:
+                    raise
+            except BadCommit as error:
                 if not left:
                     from poise.launch.manifest import CheckpointError
 
@@ -86,8 +95,28 @@ def _file(address: str) -> pathlib.Path:
     make_private(folder)
     store = ObjectStore(parent)
     names = store.names(name)
-    _refresh(store, folder, [name] if name in names else [], names)
+    with _changing(folder):
+        if name in names:
+            _refresh(store, folder, [name], names)
+        else:
+            (folder / name).unlink(missing_ok=True)
     return folder / name
+
+
+@contextlib.contextmanager
+def _changing(folder: pathlib.Path) -> Iterator[None]:
+    """Waits until no other process changes a copy."""
+    with folder.with_name(f"{folder.name}{LOCK_FILE}").open("a") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _forget(folder: pathlib.Path, names: Mapping[str, Entry]) -> None:
+    """Removes the results that a run has no more, by the list of all that it has."""
+    for path in folder.iterdir():
+        if path.is_file() and path.name not in names:
+            path.unlink()
 
 
 def _refresh(store: ObjectStore, folder: pathlib.Path, wanted: Iterable[str], names: Mapping[str, Entry]) -> None:
@@ -101,9 +130,6 @@ def _refresh(store: ObjectStore, folder: pathlib.Path, wanted: Iterable[str], na
             if modified is not None:
                 os.utime(path, (modified, modified))
 
-    for path in folder.iterdir():  # what is not there any more is none of the run's
-        if path.is_file() and path.name not in names:
-            path.unlink()
     at_once(one, wanted)
 
 

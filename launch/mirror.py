@@ -92,7 +92,8 @@ class Mirror:
 
         Raises:
           WorkdirLocked: if another launcher works there.
-          ConfigError: if the address can't be read or written.
+          ConfigError: if the address can't be read or written at all.
+          StoreError: if the store refuses later, or the address is lost meanwhile.
           CheckpointError: if it has checkpoints and none of them is whole.
         """
         try:
@@ -407,6 +408,7 @@ def claimed_workdir(workdir: str | os.PathLike[str], log: Callable[[str], None] 
     Raises:
       WorkdirLocked: if another launcher works there.
       ConfigError: if an address can't be used.
+      StoreError: if the store refuses what the run in it needs.
       CheckpointError: if it has no checkpoint that is whole, or what was made can't be brought up.
 
     Example:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from poise.launch.config import ConfigError, field, validate
 from poise.launch.main import run_tool
-from poise.launch.object_store import is_address, settled
+from poise.launch.object_store import checked_address, delivered, is_address, settled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,8 @@ class ReportConfig:
             seen[place] = run
         if not pathlib.PurePath(self.output).name:
             raise ConfigError(f"output must name a file, got {self.output!r}")
+        if is_address(self.output):
+            checked_address(self.output, "output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,15 +59,14 @@ def run(config: ReportConfig) -> None:
 
     if len(config.runs) > MAX_RUNS:
         raise ConfigError(f"runs must be at most {MAX_RUNS}, which can still be told apart, got {len(config.runs)}")
-    output = pathlib.Path(config.output).expanduser()
-    if output.is_dir():
+    output = config.output if is_address(config.output) else pathlib.Path(config.output).expanduser()
+    if isinstance(output, pathlib.Path) and output.is_dir():
         raise ConfigError(f"output must name a file, got the folder {config.output}")
     for folder in config.runs:
         check_run(folder)
     records = [read_run(folder, name) for folder, name in zip(config.runs, run_names(config.runs), strict=True)]
     text = page(records, config.title, config.smoothing)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(output) as temporary:
+    with delivered(config.output) as path, atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     notes = sum(len(record.notes) for record in records)
     remarks = f", {notes} remark{'s' * (notes > 1)} in the page" if notes else ""

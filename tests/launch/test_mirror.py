@@ -1,6 +1,7 @@
 """Runs in object stores: what is in the store is whole after every single write, and belongs to one launcher."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -21,7 +22,15 @@ from poise.launch.lock import WorkdirLocked
 from poise.launch.main import launch
 from poise.launch.manifest import CheckpointError
 from poise.launch.mirror import claimed_workdir, mirror_of
-from poise.launch.object_store import ObjectStore, StoreError, checked_address, delivered, is_safe, settled
+from poise.launch.object_store import (
+    MissingObject,
+    ObjectStore,
+    StoreError,
+    checked_address,
+    delivered,
+    is_safe,
+    settled,
+)
 from poise.launch.workdir import prepare_workdir, workdir_path
 from poise.launch.writers import truncate_jsonl
 
@@ -875,6 +884,67 @@ def test_a_copy_has_the_results_and_the_newest_checkpoint_alone(store):
     shutil.rmtree(folder / "checkpoints" / "01_b")
     with pytest.raises(CheckpointError, match=r"the checkpoint gs://bucket/run/checkpoints is damaged: its object"):
         local_copy(RUN, "01_b")
+
+
+def test_a_file_that_is_looked_at_leaves_the_others(store):
+    toy_run()
+    store.write("student.safetensors", b"weights")
+    folder = local_copy(RUN)
+    assert local_copy(f"{RUN}/student.safetensors").read_bytes() == b"weights"
+    assert (folder / "report.json").is_file()
+    store.remove("student.safetensors")
+    assert not local_copy(f"{RUN}/student.safetensors").exists()
+    assert (folder / "report.json").is_file()
+
+
+def test_a_copy_is_changed_by_one_process_at_a_time(monkeypatch, store):
+    import fcntl
+
+    toy_run()
+    locked, get = [], ObjectStore.get
+
+    def looked(self, name, path):
+        with path.parent.with_name(f"{path.parent.name}.lock").open("a") as file, contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked.append(name)
+        get(self, name, path)
+
+    monkeypatch.setattr(ObjectStore, "get", looked)
+    local_copy(RUN)
+    assert locked == []
+
+
+def test_a_result_that_vanishes_is_no_damaged_checkpoint(monkeypatch, store):
+    toy_run()
+
+    def gone(self, name, path):
+        raise MissingObject(f"there is no {name}")
+
+    monkeypatch.setattr(ObjectStore, "get", gone)
+    with pytest.raises(MissingObject, match="there is no "):
+        local_copy(RUN)
+
+
+def test_a_page_and_statistics_go_to_addresses(tmp_path, monkeypatch, store):
+    import numpy as np
+
+    from poise.launch import report
+    from poise.launch.evaluate import EvaluateConfig, Summary, write_statistics
+
+    monkeypatch.chdir(tmp_path)
+    toy_run()
+    report.run(report.ReportConfig(runs=(RUN,), output=f"{RUN}/page.html"))
+    assert b"<html" in store.read("page.html")
+    write_statistics(f"{RUN}/mu.npz", Summary(np.zeros(2), np.eye(2), np.zeros((0, 2)), 2))
+    assert store.read("mu.npz")[:2] == b"PK"
+    assert not (tmp_path / "gs:").exists()
+    with pytest.raises(ConfigError, match="output must be a folder, or an address that begins with"):
+        report.ReportConfig(runs=(RUN,), output="ftp://bucket/page.html")
+    for name in ("data_dir", "reference"):
+        with pytest.raises(ConfigError, match=f"{name} must be on this machine, got the address 'gs://b/c'"):
+            EvaluateConfig(workdir=RUN, **{name: "gs://b/c"})
+    with pytest.raises(ConfigError, match="write_generated must"):
+        EvaluateConfig(workdir=RUN, write_generated="ftp://b/c")
 
 
 def test_a_copy_of_a_run_that_is_open_here_is_its_own_folder():
