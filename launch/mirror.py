@@ -57,6 +57,8 @@ from poise.launch.workdir import workdir_path
 
 _OWNER, _WHOLE = ".owner", ".whole"
 
+_States = dict[str, tuple[int, int]]  # sizes and times of files, by their names
+
 _open: dict[pathlib.Path, "Mirror"] = {}
 
 
@@ -82,8 +84,8 @@ class Mirror:
         self._job: concurrent.futures.Future[None] | None = None
         self._failed = False
         self._given_up = threading.Event()
-        self._there: dict[Saved, int | None] = {}  # and which folder here each of them is a copy of
-        self._sent: dict[str, tuple[int, int]] = {}
+        self._there: dict[Saved, _States] = {}  # and of which files here each of them is a copy
+        self._sent: _States = {}
 
     # Down
 
@@ -102,12 +104,12 @@ class Mirror:
             raise ConfigError(f"the workdir cannot be used: {error}") from error
         try:
             names = self._store.names()
-            self._there = dict.fromkeys(saved_there(names))
+            self._there = {saved: {} for saved in saved_there(names)}
             with self._telling(f"bringing {self._store.address} down"):
                 if not self._goes_on(held, names) or not self._fill(names):
                     self._bring_down(names)
             here = saved_here(self._folder)
-            self._there |= {saved: self._folder_of(saved) for saved in here if saved in self._there}
+            self._there |= {saved: self._states(saved) for saved in here if saved in self._there}
             (self._folder / _WHOLE).write_text(str(self._lease.number), encoding="utf-8")
             if BEGUN in names:
                 self._clean(names)
@@ -203,15 +205,20 @@ class Mirror:
                 content = commit_content(listed(files), listed(self._frozen()))
                 self._lease.check()
                 self._store.write(saved.commit, content)
-                self._there[saved] = self._folder_of(saved)
+                self._there[saved] = self._states(saved)
         self._store.write(BEGUN, b"")
 
-    def _folder_of(self, saved: Saved) -> int | None:
-        """Which folder a checkpoint is now: one that was damaged may have been put aside, and made again."""
-        try:
-            return (self._folder / saved.folder).stat().st_ino
-        except FileNotFoundError:
-            return None
+    def _states(self, saved: Saved) -> _States:
+        """What changes when one of its files does: one that was damaged may have been put aside, and made again."""
+        states = {}
+        for name, path in files_under(self._folder, saved.folder).items():
+            with contextlib.suppress(FileNotFoundError):
+                states[name] = _state(path)
+        return states
+
+    def _is_another(self, saved: Saved) -> bool:
+        """Whether a checkpoint here is not that of the store; one that is going away isn't another."""
+        return not self._states(saved).items() <= self._there[saved].items()
 
     def _frozen(self) -> dict[str, pathlib.Path]:
         return files_under(self._folder, FROZEN)
@@ -251,7 +258,7 @@ class Mirror:
         here = saved_here(self._folder)
         if here:
             for saved in sorted(self._there, reverse=True):
-                if saved > here[-1] or self._folder_of(saved) not in (None, self._there[saved]):
+                if saved > here[-1] or self._is_another(saved):
                     self._withdraw(saved)
         self._put_others()
         for saved in here:
@@ -283,6 +290,7 @@ class Mirror:
             copy.unlink(missing_ok=True)
 
     def _commit(self, saved: Saved) -> None:
+        states = self._states(saved)  # of before: what changes while it goes up is another
         files, frozen = files_under(self._folder, saved.folder), self._frozen()
         self._lease.check()
         left = self._store.names(saved.folder)  # by an upload that was cut off
@@ -296,7 +304,7 @@ class Mirror:
             return
         self._lease.check()
         self._store.write(saved.commit, content)
-        self._there[saved] = self._folder_of(saved)
+        self._there[saved] = states
 
     def _withdraw(self, saved: Saved) -> None:
         self._lease.check()

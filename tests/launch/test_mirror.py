@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.util
 import json
+import os
 import pathlib
 import shutil
 import threading
@@ -313,6 +314,38 @@ def test_in_a_folder_that_goes_on_a_damaged_checkpoint_is_told(store, capsys):
     with pytest.raises(CheckpointError, match="all 4 checkpoints in gs://bucket/run are damaged"):
         toy_run()
     assert "01_b/6 is damaged and was passed over: its list of files is damaged" in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_the_same_by_its_files_whatever_numbers_the_file_system_gives(monkeypatch, store):
+    plain, numbers = os.stat_result, iter(range(1, 10**9))
+
+    def unstable(self, **options):
+        facts = os.stat(self, **options)
+        return plain((facts.st_mode, next(numbers), *facts[2:]), {"st_mtime_ns": facts.st_mtime_ns})
+
+    toy_run()
+    monkeypatch.setattr(pathlib.Path, "stat", unstable)
+    before = objects(store)
+    fake.LocalStore.changes.clear()
+    assert toy_run() == STEPS
+    assert objects(store) == before
+    assert not [name for name in changed() if "/checkpoints/0" in name or "/.commits/0" in name]
+
+
+def test_a_checkpoint_that_is_made_again_replaces_the_other_and_one_that_goes_does_not(store):
+    toy_run()
+    folder = workdir_path(RUN)
+    with claimed_workdir(RUN):
+        (folder / "checkpoints" / "01_b" / "4" / "state" / "d" / "0").unlink()  # being removed
+        fake.LocalStore.changes.clear()
+        up = mirror_of(folder)
+        up._schedule(None)
+        up.wait()
+        assert not [name for name in changed() if "01_b/4" in name]
+        shutil.rmtree(folder / "checkpoints" / "01_b" / "6")
+        write_checkpoint(folder, "01_b", 6)
+    assert [name for name in changed() if name.endswith("01_b/6.json")] == ["bucket/run/.commits/01_b/6.json"] * 2
+    check_invariants(store)
 
 
 @pytest.mark.parametrize(
