@@ -67,7 +67,7 @@ class BatchConfig(ExecutionConfig):
 
     microbatches: int = field(
         1,
-        "parts of a batch that the networks take one after the other: less memory, a third more arithmetic, other dropout",
+        "parts of a batch that networks take one after the other: less memory, a third more arithmetic, other dropout",
         role="execution",
         minimum=1,
     )

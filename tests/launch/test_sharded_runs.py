@@ -257,8 +257,13 @@ def phases_of(name, flags, monkeypatch):
     return [phase._replace(evaluate=None, render=None) for phase in phases], seed, start
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(LAUNCHERS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("lm", "preference") else pytest.mark.effects)
+        for name in LAUNCHERS
+    ],
+)
 def test_every_launcher_gives_on_eight_devices_and_in_parts_what_it_gives_on_one(name, tmp_path, monkeypatch):
     flags = [f"--workdir={tmp_path}/run", *LAUNCHERS[name]]
     if name == "preference":
