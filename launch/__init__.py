@@ -31,7 +31,7 @@ _HOMES = {
     "load_quantized": "quantized_files",
     "load_student": "export",
     "parse_config": "config",
-    "restore_tree": "checkpoint",
+    "restore_tree": "checkpoint_tree",
     "save_quantized": "quantized_files",
     "save_student": "export",
     "settle_config": "workdir",
@@ -41,7 +41,7 @@ _HOMES = {
 
 if TYPE_CHECKING:
     from poise.launch.agreement import HostError
-    from poise.launch.checkpoint import restore_tree
+    from poise.launch.checkpoint_tree import restore_tree
     from poise.launch.config import ConfigError, field, parse_config, validate
     from poise.launch.data import Data, DataError, InMemory, NoData, batch_indices
     from poise.launch.devices import DeviceError

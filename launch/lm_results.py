@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.files import atomic_path
 from poise.launch.lm_phases import QUARTERS, model_of
 from poise.launch.results import cell, phase_folder, read_rows, text_table, write_report

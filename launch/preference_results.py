@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.files import atomic_path
 from poise.launch.preference_data import END, PreferenceData
 from poise.launch.preference_judge import Judge

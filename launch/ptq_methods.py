@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, PyTree
 
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.local_copy import local_copy
 from poise.launch.ptq_activations import first_steps, quantized_block_of, with_act_bits
 from poise.launch.results import phase_folder

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import PyTree
 
-from poise.launch.checkpoint import CheckpointStore, restore_tree
+from poise.launch.checkpoint import CheckpointStore
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.errors import LaunchError
 from poise.launch.files import atomic_path
 from poise.launch.leaves import Layout

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.episodes import play_episodes
 from poise.launch.intervals import interquartile_mean
 from poise.launch.results import cell, phase_folder, read_rows, text_table, write_report

@@ -74,7 +74,8 @@ def picture(runs: list[dict[str, Any]], path: pathlib.Path) -> None:
             curves = np.array(figures["curve_by_seed"])
             axis.plot(env_steps, curves.mean(0), color=f"C{i}", label=loss)
             axis.fill_between(env_steps, curves.min(0), curves.max(0), color=f"C{i}", alpha=0.15, lw=0)
-        axis.set(title=f"reward noise N(0, {run['noise']:g}²)", xlabel="thousand environment steps", ylabel="return")
+        noise = f"noise of {run['noise']:g} on rewards" if run["noise"] else "without noise"
+        axis.set(title=noise, xlabel="thousand environment steps", ylabel="return")
         axis.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)

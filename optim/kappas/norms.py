@@ -123,13 +123,13 @@ def linf() -> Kappa:
     """
 
     def grad(m: Float[Array, "..."]) -> Float[Array, "..."]:
-        peak = largest(m)
-        first = jnp.abs(m) == peak
-        # The first in row-major order, one axis after the other: flattening would gather a sharded leaf.
-        for axis in range(m.ndim):
-            index = jax.lax.broadcasted_iota(jnp.int32, m.shape, axis)
-            first &= index == jnp.min(jnp.where(first, index, m.shape[axis]), initial=m.shape[axis])
-        return jnp.where(first, jnp.sign(m), 0 * peak)  # so that NaN stays NaN
+        # By indices, one axis after the other: flattening would gather a sharded leaf, and comparing with the maximum
+        # may find none, since XLA may compute the momentum once for each of the two, and round it differently.
+        chosen, rest = jnp.ones(m.shape, bool), jnp.abs(m)
+        for axis in reversed(range(m.ndim)) if m.size else ():
+            chosen &= jax.lax.broadcasted_iota(jnp.int32, m.shape, axis) == jnp.argmax(rest, axis, keepdims=True)
+            rest = jnp.max(rest, axis, keepdims=True)
+        return jnp.where(chosen, jnp.sign(m), 0 * rest)  # so that NaN stays NaN
 
     return Kappa(
         value=lambda m: largest(widened(m)),

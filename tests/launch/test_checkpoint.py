@@ -14,7 +14,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from poise.launch.checkpoint import CheckpointStore, restore_tree
+from poise.launch.checkpoint import CheckpointStore
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.leaves import Layout
 from poise.launch.manifest import CheckpointError
 

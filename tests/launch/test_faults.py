@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import random
 import signal
@@ -16,18 +15,6 @@ SCRIPT = pathlib.Path(__file__).with_name("tiny_run.py")
 spec = importlib.util.spec_from_file_location("tiny_run", SCRIPT)
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    compiled = str(tmp_path_factory.mktemp("compiled"))
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": compiled,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | settings
 
 
 def launch(workdir, environment, *arguments):

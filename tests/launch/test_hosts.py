@@ -18,7 +18,7 @@ from jax.errors import JaxRuntimeError
 
 from poise.launch import hosts
 from poise.launch.agreement import Decisions, agree, exchange, is_main, main_says, only_main
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.config import ConfigError
 from poise.launch.data import InMemory, NoData, Prefetched, for_host
 from poise.launch.devices import DeviceError, Placement, block_of
@@ -30,17 +30,6 @@ spec = importlib.util.spec_from_file_location("tiny_run", HERE / "tiny_run.py")
 tiny = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(tiny)
 SENTENCE = "another process of the run ended or can't be reached"
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return os.environ | settings
 
 
 def start(workdir, environment, *flags, devices=4, script=(str(HERE / "tiny_hosts.py"),), prefix=()):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from poise.launch import lm, lm_phases, texts
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.data import DataError
 from poise.nets import Transformer
 

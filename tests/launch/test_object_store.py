@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import pathlib
 import random
 import shutil
@@ -18,7 +17,7 @@ import numpy as np
 import pytest
 
 from poise.core import Algorithm
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.data import NoData
 from poise.launch.loop import fit
 from poise.launch.manifest import CheckpointError
@@ -104,17 +103,6 @@ def test_a_failed_upload_ends_the_run_at_the_next_step(tmp_path, store):
 
 
 # Processes that are killed
-
-
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    settings = {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | settings
 
 
 def launch(environment, *arguments, script="tiny_store.py"):

@@ -12,7 +12,7 @@ import pytest
 
 from poise.launch import preference
 from poise.launch.activations import with_activations
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.config import ConfigError
 from poise.launch.data import DataError
 from poise.launch.preference_data import END, encode_pair, facts_of, file_pairs, read_jsonl, trigger_pairs

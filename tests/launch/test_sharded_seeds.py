@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from poise.core import Algorithm
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.data import InMemory, NoData
 from poise.launch.devices import Placement
 from poise.launch.loop import NonFiniteError, fit

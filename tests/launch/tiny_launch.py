@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 
 CACHE = tempfile.TemporaryDirectory()  # of compiled programs, which all runs of a test file share
 

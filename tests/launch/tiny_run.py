@@ -23,7 +23,7 @@ import numpy as np
 import optax
 
 from poise.core import Algorithm, fold_in_examples
-from poise.launch.checkpoint import restore_tree
+from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.data import InMemory
 from poise.launch.errors import LaunchError
 from poise.launch.loop import fit
