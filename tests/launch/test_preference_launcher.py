@@ -77,7 +77,7 @@ def test_a_loss_starts_from_the_reference_and_leaves_it_alone(finished):
     assert set(restore_tree(workdir / "checkpoints" / "01_sparse_po")["trained"]["masks"]) == {"common"}
 
 
-@pytest.mark.slow
+@pytest.mark.effects
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
     flags = (*SMALL, "--methods=sparse_po,mapo")
     printed, _ = tiny.launch("preference", *flags, f"--workdir={tmp_path}/undisturbed")

@@ -157,7 +157,7 @@ def test_a_checkpoint_gives_what_its_own_run_gave(finished, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.slow
+@pytest.mark.effects
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path):
     flags = [flag for flag in TINY if "float_steps" not in flag] + ["--float_steps=60"]
     tiny.launch("ptq", *flags, f"--workdir={tmp_path}/undisturbed")
