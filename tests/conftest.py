@@ -14,7 +14,7 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 
 # Most tests run a program once or twice: optimizing it takes longer than what that saves. The second flag is gone from
 # jaxlib 0.11 on, and XLA aborts at flags that it doesn't know.
-QUICK = " --xla_backend_optimization_level=1"
+QUICK = " --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 
