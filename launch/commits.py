@@ -10,11 +10,10 @@ import json
 import os
 import pathlib
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from poise.launch.object_store import MissingObject, ObjectStore, at_once, is_safe
+from poise.launch.object_store import is_safe
 
 CHECKPOINTS, FROZEN, COMMITS = "checkpoints", "checkpoints/frozen", ".commits"
 BEGUN = ".commits/begun"  # from then on a checkpoint is what a commit says; before, what somebody copied there
@@ -55,14 +54,15 @@ class Saved:
 Files = Mapping[str, tuple[int, str]]  # bytes and SHA-256 of files, by their names in the run's folder
 
 
-def _digest(path: pathlib.Path) -> str:
+def digest_of(path: pathlib.Path) -> str:
+    """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def listed(files: Mapping[str, pathlib.Path]) -> Files:
     """The sizes and digests of files."""
-    return {name: (path.stat().st_size, _digest(path)) for name, path in files.items()}
+    return {name: (path.stat().st_size, digest_of(path)) for name, path in files.items()}
 
 
 def _seal(content: Mapping[str, Any]) -> str:
@@ -137,57 +137,3 @@ def others_in(names: Mapping[str, Any]) -> list[str]:
         for name in names
         if name.split("/")[0] not in _NOT_MIRRORED and not any(part.startswith(".") for part in name.split("/"))
     ]
-
-
-def bring(store: ObjectStore, folder: pathlib.Path, files: Files, names: Mapping[str, Any]) -> None:
-    """Brings files down that have the digests that they should have; those that are here already stay.
-
-    Raises:
-      BadCommit: if one is missing or another.
-    """
-    for name, (size, _) in files.items():
-        if name not in names:
-            raise BadCommit(f"its object {name} is missing")
-        if names[name].size != size:
-            raise BadCommit(f"its object {name} has {names[name].size} bytes, not {size}")
-
-    def one(name: str) -> None:
-        path, (size, digest) = folder / name, files[name]
-        if path.is_file() and path.stat().st_size == size and _digest(path) == digest:
-            return
-        try:
-            store.get(name, path)
-        except MissingObject:
-            raise BadCommit(f"its object {name} is missing") from None
-        if _digest(path) != digest:
-            raise BadCommit(f"its object {name} is not what its digest says")
-
-    at_once(one, files)
-
-
-def bring_checkpoint(store: ObjectStore, folder: pathlib.Path, saved: Saved, names: Mapping[str, Any]) -> set[str]:
-    """Brings one checkpoint down, with the frozen parts beside it as far as they are whole.
-
-    Returns:
-      The names of its files.
-
-    Raises:
-      BadCommit: if it isn't whole; nothing of it is left here.
-    """
-    try:
-        files, frozen = read_commit(saved, store.read(saved.commit))
-        bring(store, folder, files, names)
-    except (BadCommit, MissingObject) as error:
-        shutil.rmtree(folder / saved.folder, ignore_errors=True)
-        if isinstance(error, MissingObject):
-            raise BadCommit("it was removed a moment ago") from error
-        raise
-    homes: dict[str, dict[str, tuple[int, str]]] = {}
-    for name, facts in frozen.items():
-        homes.setdefault("/".join(name.split("/")[:3]), {})[name] = facts
-    for home, parts in homes.items():
-        try:
-            bring(store, folder, parts, names)
-        except BadCommit:  # whether it is needed, and can be made again, is known when it is read
-            shutil.rmtree(folder / home, ignore_errors=True)
-    return {*files, *frozen}

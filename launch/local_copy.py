@@ -11,11 +11,11 @@ from poise.launch.commits import (
     BEGUN,
     CHECKPOINTS,
     BadCommit,
-    bring_checkpoint,
     others_in,
     saved_here,
     saved_there,
 )
+from poise.launch.fetch import bring_checkpoint
 from poise.launch.lock import LOCK_FILE
 from poise.launch.mirror import mirror_of
 from poise.launch.object_store import (

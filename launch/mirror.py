@@ -18,7 +18,6 @@ import pathlib
 import re
 import shutil
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -27,35 +26,25 @@ from poise.launch.commits import (
     BEGUN,
     CHECKPOINT,
     CHECKPOINTS,
-    COMMITS,
     FROZEN,
-    BadCommit,
     Saved,
-    bring_checkpoint,
     commit_content,
     files_under,
     listed,
     others_in,
-    read_commit,
     saved_here,
     saved_there,
 )
 from poise.launch.config import ConfigError
 from poise.launch.errors import LaunchError
+from poise.launch.fetch import all_damaged, bring_all, bring_missing, keep_only, passed_over, say, telling
 from poise.launch.files import atomic_path
 from poise.launch.lease import Lease, LeaseLost
 from poise.launch.lock import workdir_lock
-from poise.launch.object_store import (
-    MissingObject,
-    ObjectStore,
-    StoreError,
-    at_once,
-    checked_address,
-    is_address,
-)
+from poise.launch.object_store import ObjectStore, StoreError, at_once, checked_address, is_address
 from poise.launch.workdir import workdir_path
 
-_OWNER, _WHOLE = ".owner", ".whole"
+_OWNER, WHOLE = ".owner", ".whole"
 
 _States = dict[str, tuple[int, int]]  # sizes and times of files, by their names
 
@@ -105,12 +94,12 @@ class Mirror:
         try:
             names = self._store.names()
             self._there = {saved: {} for saved in saved_there(names)}
-            with self._telling(f"bringing {self._store.address} down"):
+            with telling(self.log, f"bringing {self._store.address} down"):
                 if not self._goes_on(held, names) or not self._fill(names):
                     self._bring_down(names)
             here = saved_here(self._folder)
             self._there |= {saved: self._states(saved) for saved in here if saved in self._there}
-            (self._folder / _WHOLE).write_text(str(self._lease.number), encoding="utf-8")
+            (self._folder / WHOLE).write_text(str(self._lease.number), encoding="utf-8")
             if BEGUN in names:
                 self._clean(names)
             else:
@@ -122,7 +111,7 @@ class Mirror:
 
     def _goes_on(self, held: int, names: Mapping[str, Any]) -> bool:
         """Whether the folder is as far as the store is, or further: nobody else wrote there since it had all of it."""
-        mark = self._folder / _WHOLE
+        mark = self._folder / WHOLE
         if not held or not mark.is_file() or mark.read_text(encoding="utf-8") != str(held):
             return False
         here = saved_here(self._folder)
@@ -133,60 +122,23 @@ class Mirror:
 
     def _fill(self, names: Mapping[str, Any]) -> bool:
         """Brings down what is missing: a cache folder may have been swept, and later checkpoints here be damaged."""
-        for saved in sorted(self._there):
-            if not self._has(saved):
-                try:
-                    bring_checkpoint(self._store, self._folder, saved, names)
-                except BadCommit as error:
-                    self._passed_over(saved, error)
-        missing = [name for name in others_in(names) if not (self._folder / name).is_file()]
-        at_once(lambda name: self._store.get(name, self._folder / name), missing)
+        bring_missing(self._store, self._folder, self._there, names, self.log)
         return not self._there or bool(saved_here(self._folder))
 
-    def _has(self, saved: Saved) -> bool:
-        """Whether all files of a checkpoint are here, by their sizes."""
-        try:
-            files, frozen = read_commit(saved, self._store.read(saved.commit))
-        except (BadCommit, MissingObject):
-            return False
-        paths = {self._folder / name: size for name, (size, _) in {**files, **frozen}.items()}
-        return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
-
-    def _passed_over(self, saved: Saved, error: BadCommit) -> None:
-        self.log(
-            f"warning: the checkpoint {self._store.address}/{saved.folder} is damaged and was passed over: {error}"
-        )
-
     def _bring_down(self, names: Mapping[str, Any]) -> None:
-        (self._folder / _WHOLE).unlink(missing_ok=True)
-        others, kept, damaged = others_in(names), set[str](), {}
-        for saved in sorted(self._there, reverse=True):
-            try:
-                kept |= bring_checkpoint(self._store, self._folder, saved, names)
-            except BadCommit as error:
-                damaged[saved] = error
+        (self._folder / WHOLE).unlink(missing_ok=True)
+        kept, damaged = bring_all(self._store, self._folder, self._there, names)
         if damaged and len(damaged) == len(self._there):
             from poise.launch.manifest import CheckpointError
 
-            newest = max(damaged)
-            raise CheckpointError(
-                f"{'the only checkpoint' if len(damaged) == 1 else f'all {len(damaged)} checkpoints'} in "
-                f"{self._store.address} {'is' if len(damaged) == 1 else 'are'} damaged, the newest, {newest.folder}, "
-                f"because {damaged[newest]}; remove {COMMITS} there to start afresh"
-            )
-        for saved, error in damaged.items():
-            self._passed_over(saved, error)
+            raise CheckpointError(all_damaged(self._store.address, damaged))
+        for saved in sorted(damaged, reverse=True):
+            self.log(passed_over(self._store.address, saved, damaged[saved]))
+        others = others_in(names)
         if BEGUN not in names:  # whether they are whole is known when they are read
             others += [name for name in names if name.startswith(f"{CHECKPOINTS}/") and name not in kept]
         at_once(lambda name: self._store.get(name, self._folder / name), others)
-        for name, path in files_under(self._folder, "").items():
-            if name in others or name in kept:
-                self._sent[name] = _state(path)
-            elif name not in kept and not name.startswith((".", "data/")):
-                path.unlink()
-        for path in sorted((self._folder / CHECKPOINTS).rglob("*"), reverse=True):
-            if path.is_dir() and not any(path.iterdir()):
-                path.rmdir()
+        self._sent |= {name: _state(path) for name, path in keep_only(self._folder, {*kept, *others}).items()}
 
     def _clean(self, names: Mapping[str, Any]) -> None:
         """Removes what an upload or a removal that was cut off left."""
@@ -312,6 +264,16 @@ class Mirror:
         del self._there[saved]
         self._each(self._store.remove, self._store.names(saved.folder))
 
+    def bring_up(self) -> None:
+        """Brings up what changed, and waits until all is in the store.
+
+        Raises:
+          CheckpointError: if something can't be brought up, or the address was lost.
+        """
+        self.wait()
+        self._schedule(None)
+        self.wait()
+
     def check(self) -> None:
         """Raises what went wrong in the background so far; costs nothing.
 
@@ -333,7 +295,7 @@ class Mirror:
         if self._job is None:
             return
         try:
-            with self._telling(f"bringing the checkpoint up to {self._store.address}"):
+            with telling(self.log, f"bringing the checkpoint up to {self._store.address}"):
                 self._job.result()
             self._job = None
         except (StoreError, OSError) as error:
@@ -362,9 +324,7 @@ class Mirror:
         try:
             self.give_up()
             if not self._failed and self._lease.lost() is None:
-                self.wait()
-                self._schedule(None)
-                self.wait()
+                self.bring_up()
         except LaunchError:
             if not failed:
                 raise
@@ -373,26 +333,11 @@ class Mirror:
             with contextlib.suppress(StoreError):
                 self._lease.end()
 
-    @contextlib.contextmanager
-    def _telling(self, what: str) -> Iterator[None]:
-        """Says what it waits for, where that takes more than a second."""
-        timer = threading.Timer(1.0, lambda: self.log(f"{what} ..."))
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
 
 def _state(path: pathlib.Path) -> tuple[int, int]:
     """What changes when a file does."""
     facts = path.stat()
     return facts.st_size, facts.st_mtime_ns
-
-
-def _say(sentence: str) -> None:
-    print(sentence, file=sys.stderr, flush=True)
 
 
 def mirror_of(folder: pathlib.Path) -> Mirror | None:
@@ -401,7 +346,7 @@ def mirror_of(folder: pathlib.Path) -> Mirror | None:
 
 
 @contextlib.contextmanager
-def claimed_workdir(workdir: str | os.PathLike[str], log: Callable[[str], None] = _say) -> Iterator[None]:
+def claimed_workdir(workdir: str | os.PathLike[str], log: Callable[[str], None] = say) -> Iterator[None]:
     """Holds a run's place for this process: a folder by its lock, an address by its lease, brought down and back up.
 
     It may be claimed again within, by the address or by the folder that stands for it.
