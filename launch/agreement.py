@@ -94,6 +94,15 @@ def agree(action: Callable[[], Result], *kinds: type[Exception]) -> Result:
     return result
 
 
+def from_main(action: Callable[[], Result], *kinds: type[Exception]) -> Result:
+    """What an action gives in process 0, which alone does it: a value that JSON can write; fails as :func:`agree`."""
+    if not several():
+        return action()
+    found: list[Result] = []
+    only_main(lambda: found.append(action()), *kinds)
+    return json.loads(exchange(json.dumps(found[0]) if found else "")[0])
+
+
 def only_main(action: Callable[[], Any], *kinds: type[Exception]) -> None:
     """Does something in process 0 alone, while the others wait; where it fails all of them do, see :func:`agree`."""
     agree(action if is_main() else lambda: None, *kinds)

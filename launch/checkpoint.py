@@ -10,28 +10,24 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from poise.launch.agreement import agree, main_says, only_main, several
+from poise.launch.agreement import agree, from_main, is_main, only_main, several
+from poise.launch.checkpoint_write import write, writing
 from poise.launch.digest import digests
-from poise.launch.errors import LaunchError
+from poise.launch.frozen_parts import FrozenParts
 from poise.launch.leaves import Layout
 from poise.launch.manifest import (
     FORMAT,
     ITEMS,
     CheckpointError,
     Damaged,
-    checkpointer,
-    content_hash,
+    alone,
     describe,
     frozen_home,
-    in_short,
     matching,
-    obstacle_of,
     quiet_orbax,
-    read_frozen_manifest,
     read_leaves,
     read_meta,
     reading,
-    save_args,
     saved_steps,
 )
 from poise.launch.mirror import Mirror, mirror_of
@@ -82,6 +78,8 @@ class CheckpointStore:
       seed: the run's seed.
       keep: checkpoints kept of each phase, the newest; at least 1.
       log: gets a sentence whenever a checkpoint is passed over.
+      apart: whether processes have other folders than process 0, see :func:`poise.launch.claim.claimed_by_all`: each
+        reads its own, and process 0 alone writes what it gathers of all.
 
     Raises:
       ValueError: if ``keep`` is below 1.
@@ -94,17 +92,19 @@ class CheckpointStore:
         seed: int,
         keep: int,
         log: Callable[[str], None],
+        apart: bool = False,
     ):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}")
         self.directory = pathlib.Path(directory).absolute()
         self._phases, self._seed, self._keep, self._log = tuple(phases), seed, keep, log
+        self._apart = apart
         self._folders = [self.directory / f"{index:02d}_{name}" for index, (name, _) in enumerate(phases)]
         self._manager: ocp.CheckpointManager | None = None
         self._manager_phase = -1
         self._quiet = contextlib.ExitStack()
         self._failed = False
-        self._frozen: tuple[tuple[jax.Array, ...], str] | None = None  # the last frozen leaves and their digest
+        self._frozen = FrozenParts(self.directory, apart, self._put_aside, log)
 
     def path(self, phase: int, step: int) -> pathlib.Path:
         """Where a checkpoint is."""
@@ -148,7 +148,7 @@ class CheckpointStore:
     def _restore_newest(self, reader: _Reader) -> Restored | None:
         damaged: list[tuple[pathlib.Path, Damaged]] = []
         for phase in reversed(range(len(self._phases))):
-            for step in main_says(saved_steps(self._folders[phase])):
+            for step in self._saved_steps(phase):
                 try:
                     restored = self._restore(reader, phase, step)
                 except Damaged as error:
@@ -167,6 +167,9 @@ class CheckpointStore:
             ) from reason
         return None
 
+    def _saved_steps(self, phase: int) -> list[int]:
+        return from_main(lambda: saved_steps(self._folders[phase]))
+
     def _restore(self, reader: _Reader, phase: int, step: int) -> Restored:
         path, layout = self.path(phase, step), reader.layouts[phase]
         meta = agree(lambda: read_meta(path), Damaged, CheckpointError)
@@ -175,30 +178,15 @@ class CheckpointStore:
         live = read_leaves(path, manifest, layout.abstract_live, reader.shardings[phase][0])
         frozen: tuple[jax.Array, ...] = ()
         if layout.frozen_names:
-            frozen = self._restore_frozen(reader, phase, frozen_home(self.directory, meta))
+            home, shardings = frozen_home(self.directory, meta), reader.shardings[phase][1]
+            frozen = self._frozen.read(home, layout, shardings, lambda: self._make_frozen(reader, phase))
         return Restored(phase, step, live, frozen, dict(meta["seconds"]))
-
-    def _restore_frozen(self, reader: _Reader, phase: int, home: pathlib.Path) -> tuple[jax.Array, ...]:
-        layout = reader.layouts[phase]
-        try:
-            manifest = agree(lambda: read_frozen_manifest(home), Damaged, CheckpointError)
-            manifest = matching(home, manifest, layout.frozen_names, layout.abstract_frozen)
-            frozen = read_leaves(home, manifest, layout.abstract_frozen, reader.shardings[phase][1])
-        except Damaged as error:
-            self._put_aside(home)
-            frozen = self._make_frozen(reader, phase)
-            if self._name_of(layout, frozen) != home.name:
-                raise Damaged(f"its frozen part {home} can't be read: {error}") from error
-            self._log(f"warning: {home} is damaged; the same leaves were made again: {error}")
-            self._save_frozen(layout, frozen)
-        self._frozen = (frozen, home.name)
-        return frozen
 
     def _make_frozen(self, reader: _Reader, phase: int) -> tuple[jax.Array, ...]:
         """What the phase starts with, from the end of the one before; nothing where that is damaged, too."""
         previous = None
         if phase:
-            steps = main_says(saved_steps(self._folders[phase - 1]))
+            steps = self._saved_steps(phase - 1)
             if not steps:
                 return ()
             try:
@@ -249,7 +237,7 @@ class CheckpointStore:
         frozen: Sequence[jax.Array],
         seconds: Mapping[str, float],
     ) -> None:
-        """Saves a state; one process returns as soon as arrays may be donated, several once everything is on disk.
+        """Saves a state; returns as soon as arrays may be donated, where several processes write once all is on disk.
 
         Frozen leaves are written, and waited for, when they come for the first time; later checkpoints refer to them.
 
@@ -267,7 +255,8 @@ class CheckpointStore:
         path = self.path(phase, step)
         self.wait()
         with self._saving(path):
-            manager = self._open(phase)
+            only_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
+            manager = self._open(phase) if is_main() or not self._apart else None
             meta = {
                 "format": FORMAT,
                 "phase": self._phases[phase][0],
@@ -275,10 +264,15 @@ class CheckpointStore:
                 "seed": self._seed,
                 "finished": [list(finished) for finished in self._phases[:phase]],
                 "seconds": dict(seconds),
-                "frozen": self._save_frozen(layout, tuple(frozen)) if frozen else None,
+                "frozen": self._frozen.save(layout, tuple(frozen)) if frozen else None,
                 "leaves": describe(layout.live_paths, live, digests(live)),
             }
-            manager.save(step, args=save_args(layout.live_names, live, meta), force=True)
+
+            def save(args: Any) -> None:
+                if manager is not None:
+                    manager.save(step, args=args, force=True)
+
+            write(path, layout.live_names, live, meta, save, self._apart)
         mirror = self._mirror()
         if mirror is not None:
             mirror.saved(path)
@@ -290,58 +284,22 @@ class CheckpointStore:
             mirror.log = self._log
         return mirror
 
-    @staticmethod
-    def _manifest_of(layout: Layout, frozen: Sequence[jax.Array]) -> list[dict[str, Any]]:
-        return describe(layout.frozen_paths, frozen, digests(frozen)) if frozen else []
-
-    def _name_of(self, layout: Layout, frozen: Sequence[jax.Array]) -> str:
-        return content_hash(self._manifest_of(layout, frozen))[:32]
-
-    def _save_frozen(self, layout: Layout, frozen: tuple[jax.Array, ...]) -> str:
-        if self._frozen is not None and [*map(id, self._frozen[0])] == [*map(id, frozen)]:
-            return self._frozen[1]
-        manifest = self._manifest_of(layout, frozen)
-        path = self.directory / "frozen" / content_hash(manifest)[:32]
-        there = main_says(path.exists())
-        if there:
-            try:  # from before; what refers to it from now on shall find it whole
-                shardings = [leaf.sharding for leaf in frozen]
-                found = agree(lambda: read_frozen_manifest(path), Damaged, CheckpointError)
-                read_leaves(path, found, layout.abstract_frozen, shardings)
-            except Damaged as error:
-                self._put_aside(path)
-                there = False
-                self._log(f"warning: {path} is damaged and is written anew: {error}")
-        if not there:
-            only_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-            with checkpointer() as writer:
-                writer.save(path, args=save_args(layout.frozen_names, frozen, {"format": FORMAT, "leaves": manifest}))
-        self._frozen = (frozen, path.name)
-        return path.name
-
     @contextlib.contextmanager
     def _saving(self, path: pathlib.Path) -> Iterator[None]:
-        """Says of any failure below where it happened and what to do."""
-        try:
+        with self._failing(), writing(path):
             yield
-        except LaunchError:
-            raise
-        except Exception as error:
-            self._failed = True
-            reason = obstacle_of(error) or in_short(error)
-            raise CheckpointError(
-                f"the checkpoint {path} can't be written: {reason}; earlier checkpoints are intact, the "
-                "same command goes on from the newest of them once that is mended"
-            ) from error
 
     def _open(self, phase: int) -> ocp.CheckpointManager:
         if self._manager is None or self._manager_phase != phase:
             self.close()
             self._quiet.enter_context(quiet_orbax())
-            only_main(lambda: self._folders[phase].mkdir(parents=True, exist_ok=True))
-            # In the background a failure of one process would be told after the ten minutes for which orbax waits.
-            apart = not several()
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, enable_async_checkpointing=apart)
+            # In the background a failure of one of several would be told after the ten minutes for which orbax waits.
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep,
+                enable_async_checkpointing=self._apart or not several(),
+                create=False,
+                multiprocessing_options=alone() if self._apart else ocp.options.MultiprocessingOptions(),
+            )
             self._manager = ocp.CheckpointManager(self._folders[phase], options=options, item_names=ITEMS)
             self._manager_phase = phase
         return self._manager
@@ -352,11 +310,23 @@ class CheckpointStore:
         Raises:
           CheckpointError: if it can't be written.
         """
+        if not self._apart:
+            self._on_disk()
+
+        def brought_up() -> None:
+            if self._apart:
+                self._on_disk()
+            mirror = self._mirror()
+            if mirror is not None:
+                mirror.wait()
+
+        with self._failing():
+            only_main(brought_up, CheckpointError)
+
+    def _on_disk(self) -> None:
         if self._manager is not None:
             with self._saving(self._folders[self._manager_phase]):
                 self._manager.wait_until_finished()
-        with self._failing():
-            only_main(self._brought_up, CheckpointError)
 
     def check(self) -> None:
         """Raises what went wrong in the background so far; costs nothing.
@@ -371,11 +341,6 @@ class CheckpointStore:
         if mirror is not None:
             with self._failing():
                 mirror.check()
-
-    def _brought_up(self) -> None:
-        mirror = self._mirror()
-        if mirror is not None:
-            mirror.wait()
 
     @contextlib.contextmanager
     def _failing(self) -> Iterator[None]:
@@ -392,7 +357,7 @@ class CheckpointStore:
             manager, self._manager = self._manager, None
             quiet = self._quiet.pop_all()
             _HUSHED.append(quiet)
-            if self._failed and several():  # closing waits for processes that don't come
+            if self._failed and several() and not self._apart:  # closing waits for processes that don't come
                 return
             with self._saving(self._folders[self._manager_phase]):
                 manager.close()

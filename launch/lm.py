@@ -152,20 +152,20 @@ def run(config: LanguageModelConfig, workdir: pathlib.Path) -> None:
 
 
 def byte_pairs(config: LanguageModelConfig, text: bytes, workdir: pathlib.Path) -> Any:
-    """The run's byte pairs, learned at its first start and read from ``vocabulary.json`` from then on."""
-    from poise.launch.agreement import only_main
+    """The run's byte pairs, learned at its first start and read from ``vocabulary.json`` from then on, by process 0."""
+    from poise.launch.agreement import from_main
     from poise.launch.files import atomic_path
     from poise.launch.texts import BytePairCodec
 
     path = workdir / "vocabulary.json"
 
-    def learn() -> None:
+    def learned() -> str:
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(BytePairCodec(config.vocab_size, text).to_json(), encoding="utf-8")
+        return path.read_text(encoding="utf-8")
 
-    only_main(learn)
-    return BytePairCodec(description=path.read_text(encoding="utf-8"))
+    return BytePairCodec(description=from_main(learned))
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from jaxtyping import Array, PRNGKeyArray
 from poise.core import State, step_key
 from poise.launch.agreement import Decisions, is_main, only_main
 from poise.launch.checkpoint import CheckpointStore, Restored
+from poise.launch.claim import claimed_by_all
 from poise.launch.devices import Placement
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
-from poise.launch.mirror import claimed_workdir
 from poise.launch.phase import Phase, Program
 from poise.launch.profiling import StepProfile
 from poise.launch.progress import Console, duration
@@ -158,12 +158,9 @@ def fit(
             sinks.append(TensorBoardWriter(path / "tensorboard"))
     else:
         console = Console(io.StringIO(), every_seconds=math.inf)
-    store = CheckpointStore(
-        path / "checkpoints", [(phase.name, phase.num_steps) for phase in phases], seed, keep, console.line
-    )
-    with contextlib.ExitStack() as stack:
-        only_main(lambda: stack.enter_context(claimed_workdir(workdir, console.line)))
-        stop = stack.enter_context(stop_on_signals())
+    order = [(phase.name, phase.num_steps) for phase in phases]
+    with claimed_by_all(workdir, console.line) as apart, stop_on_signals() as stop:
+        store = CheckpointStore(path / "checkpoints", order, seed, keep, console.line, apart)
         run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
         run.profile = profile
@@ -174,7 +171,7 @@ def fit(
         except BaseException as error:
             gone = lost(error)
             with contextlib.suppress(Exception):  # the first failure is the one to tell
-                run.close(wait=gone is None)
+                run.close(wait=gone is None or apart)
             if gone is None or gone is error:
                 raise
             raise gone from error

@@ -1,9 +1,7 @@
 """The frame around every launcher: flags, folder, lock, one sentence for each failure, and the exit code."""
 
-import contextlib
 import os
 import pathlib
-import secrets
 import signal
 import sys
 import traceback
@@ -11,14 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
-from poise.launch.agreement import agree, main_first, main_says, only_main, several
+from poise.launch.agreement import main_first, several
+from poise.launch.claim import claimed_by_all
 from poise.launch.config import ConfigError, parse_config
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import end, join_hosts, lost, same_everywhere
-from poise.launch.mirror import claimed_workdir
 from poise.launch.profiling import StepProfile
 from poise.launch.signals import Interrupted
-from poise.launch.workdir import check_shared, mark_shared, prepare_workdir, settle_config, unmark_shared, workdir_path
+from poise.launch.workdir import settle_config, workdir_path
 
 
 def launch(
@@ -65,20 +63,7 @@ def launch(
             set_up_jax(config)  # before the first word between processes
             same_everywhere(config)
         main_first(look)
-        with contextlib.ExitStack() as stack:
-            token = main_says(secrets.token_hex(8))
-
-            def claim() -> None:
-                prepare_workdir(config.workdir)
-                stack.enter_context(claimed_workdir(config.workdir))
-                settle_config(config, workdir)
-                if several():
-                    mark_shared(workdir, token)
-
-            only_main(claim)
-            if several():
-                agree(lambda: check_shared(workdir, token, config.workdir))
-                only_main(lambda: unmark_shared(workdir))
+        with claimed_by_all(config.workdir, settle=lambda: settle_config(config, workdir)):
             set_up_jax(config)
             run(config, workdir)
 

@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from poise.launch.agreement import agree
 from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
-from poise.launch.leaves import abstract_data, from_data, leaf_name, to_data
+from poise.launch.leaves import abstract_data, dtype_named, from_data, leaf_name, to_data
 
 FORMAT = 1
 ITEMS = ("state", "meta")
@@ -67,16 +67,23 @@ def save_args(names: Sequence[str], leaves: Sequence[jax.Array], meta: dict[str,
     return ocp.args.Composite(meta=ocp.args.JsonSave(_sealed(meta)), **items)
 
 
-def checkpointer() -> ocp.Checkpointer:
-    """Writes single checkpoints, atomically, and waits; all processes take part."""
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
-
-
-def _reader() -> ocp.Checkpointer:
-    """Reads single checkpoints; each process by itself."""
+def alone() -> ocp.options.MultiprocessingOptions:
+    """What makes orbax work in this process without the others."""
     process = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS), multiprocessing_options=alone)
+    return ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+
+
+def checkpointer(by_itself: bool = False) -> ocp.Checkpointer:
+    """Writes single checkpoints, atomically, and waits; all processes take part, or this one by itself."""
+    return _alone() if by_itself else ocp.Checkpointer(ocp.CompositeCheckpointHandler(*ITEMS))
+
+
+def _alone() -> ocp.Checkpointer:
+    options = alone()
+    handler = ocp.CompositeCheckpointHandler(
+        *ITEMS, composite_options=ocp.CompositeOptions(multiprocessing_options=options)
+    )
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def in_short(error: Exception) -> str:
@@ -127,7 +134,7 @@ def _read(path: pathlib.Path, item: str, args: Any) -> Any:
       CheckpointError: if the system doesn't let it be read, which says nothing about what is there.
     """
     try:
-        with _reader() as reader:
+        with _alone() as reader:
             content = reader.restore(path, args=ocp.args.Composite(**{item: args}))[item]
         if content is None:
             raise ValueError(f"its item {item} is not there")
@@ -209,18 +216,46 @@ def read_leaves(
         if leaf.size
     }
     data = {}
+    together = not all(sharding.is_fully_addressable for sharding in shardings)
     if template:
-        together = not all(sharding.is_fully_addressable for sharding in shardings)
         read = functools.partial(_read, path, "state", ocp.args.StandardRestore(template))
         data = agree(read, Damaged, CheckpointError) if together else read()
     leaves = []
     for name, leaf, origin, sharding in zip(names, wanted, abstract, shardings, strict=True):
         value = data[name] if leaf.size else _empty(leaf, sharding)
         leaves.append(from_data(value, origin.dtype))
-    for name, entry, digest in zip(names, manifest, digests(leaves), strict=True):
-        if entry["digest"] != digest:
-            raise Damaged(f"its leaf {name} has checksum {digest}, not {entry['digest']}")
+    sums = digests(leaves)
+    compare = functools.partial(_compare, manifest, sums)
+    if together:  # each has read its own files
+        agree(compare, Damaged)
+    else:
+        compare()
     return tuple(leaves)
+
+
+def _compare(manifest: Sequence[Mapping[str, Any]], sums: Sequence[str]) -> None:
+    for entry, digest in zip(manifest, sums, strict=True):
+        if entry["digest"] != digest:
+            raise Damaged(f"its leaf {leaf_name(entry['path'])} has checksum {digest}, not {entry['digest']}")
+
+
+def verify_by_itself(path: pathlib.Path, manifest: Sequence[Mapping[str, Any]]) -> None:
+    """Compares the arrays of a checkpoint with their checksums, one at a time on a device.
+
+    Raises:
+      Damaged: if one is another, or can't be read.
+      CheckpointError: if the system doesn't let it be read.
+    """
+    wanted = [jax.ShapeDtypeStruct(tuple(entry["shape"]), dtype_named(entry["dtype"])) for entry in manifest]
+    data = {leaf_name(entry["path"]): abstract_data(leaf) for entry, leaf in zip(manifest, wanted, strict=True)}
+    # what takes no memory stands for arrays of these shapes
+    template = {name: np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) for name, leaf in data.items() if leaf.size}
+    found = _read(path, "state", ocp.args.StandardRestore(template)) if template else {}
+    sums = []
+    for name, leaf in data.items():
+        value = found[name] if leaf.size else np.zeros(leaf.shape, leaf.dtype)
+        sums += digests([jax.numpy.asarray(value)])
+    _compare(manifest, sums)
 
 
 def _empty(leaf: Any, sharding: Any) -> jax.Array:

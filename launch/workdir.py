@@ -7,12 +7,12 @@ import pathlib
 import tempfile
 from typing import Any
 
-from poise.launch.agreement import agree, only_main
+from poise.launch.agreement import agree, from_main
 from poise.launch.config import ConfigError, config_fields
 from poise.launch.files import atomic_path
 from poise.launch.object_store import checked_address, is_address, make_private, scratch_folder
 
-CONFIG_FILE, DATA_FILE, SHARED_FILE = "config.json", "data.json", ".shared"
+CONFIG_FILE, DATA_FILE = "config.json", "data.json"
 
 
 def _plain(config: Any) -> dict[str, Any]:
@@ -106,43 +106,10 @@ def settle_config(config: Any, workdir: str | os.PathLike[str]) -> None:
         raise ConfigError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def mark_shared(workdir: pathlib.Path, token: str) -> None:
-    """Leaves a word in a folder of several processes, by which :func:`check_shared` knows it."""
-    with atomic_path(workdir / SHARED_FILE) as temporary:
-        temporary.write_text(token, encoding="utf-8")
-
-
-def check_shared(workdir: pathlib.Path, token: str, address: str = "") -> None:
-    """Makes sure that this process sees the folder that process 0 marked, and not one of the same name.
-
-    Args:
-      workdir: the folder.
-      token: what process 0 wrote there.
-      address: that of the run, where it is in an object store and the folder is process 0's for it.
-
-    Raises:
-      ConfigError: naming the folder.
-    """
-    path = workdir / SHARED_FILE
-    if not path.is_file() or path.read_text(encoding="utf-8") != token:
-        if is_address(address):
-            raise ConfigError(
-                f"the workdir {address} is for processes of one machine, which share the folder {workdir}; one of them "
-                "doesn't see what process 0 wrote there: on several machines mount the bucket, and name the folder"
-            )
-        raise ConfigError(
-            f"the workdir {workdir} must be on a file system that all processes share; one of them doesn't see what "
-            "process 0 wrote there"
-        )
-
-
-def unmark_shared(workdir: pathlib.Path) -> None:
-    """Takes the word away again, once all have seen it."""
-    (workdir / SHARED_FILE).unlink(missing_ok=True)
-
-
 def settle_data(facts: dict[str, Any], workdir: str | os.PathLike[str]) -> None:
     """Notes in the run's folder, in ``data.json``, which data it is made with, or makes sure that it is the same still.
+
+    Process 0 alone looks into the folder; every process compares its own data with what is noted there.
 
     Args:
       facts: plain values by name, such as a digest.
@@ -153,16 +120,18 @@ def settle_data(facts: dict[str, Any], workdir: str | os.PathLike[str]) -> None:
     """
     path = pathlib.Path(workdir) / DATA_FILE
 
-    def note() -> None:
+    def noted() -> dict[str, Any]:
         if not path.exists():
             with atomic_path(path) as temporary:
                 temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return _read(path)
+
+    there = from_main(noted)
 
     def compare() -> None:
-        if _read(path) != facts:
+        if there != facts:
             raise ConfigError(f"the data has changed since the run in {workdir} began; use another workdir")
 
-    only_main(note)
     agree(compare)
 
 
