@@ -166,11 +166,9 @@ def two_processes(environment, store, scratches, *flags):
 
 
 @pytest.mark.slow
-def test_two_processes_of_one_machine_and_two_of_two(tmp_path, monkeypatch, environment):
-    one, other = tmp_path / "one", tmp_path / "other"
-    codes, errors = two_processes(environment, tmp_path / "store", (one, other))
-    assert set(codes) <= {2, -signal.SIGABRT}, errors
-    assert any(f"the workdir {RUN} is for processes of one machine" in text for text in errors)
+def test_two_processes_of_one_machine(tmp_path, monkeypatch, environment):
+    """They share its scratch folder; test_apart.py has those of several machines."""
+    one = tmp_path / "one"
     codes, errors = two_processes(environment, tmp_path / "store", (one, one))
     assert codes == [0, 0], errors
     monkeypatch.setenv("POISE_SCRATCH", str(tmp_path / "two"))

@@ -1,7 +1,7 @@
 """The tiny run with an object store for its workdir: ``tiny_store.py STORE SCRATCH KILL_AFTER ARGUMENTS...``.
 
 STORE is the folder that ``gs://`` leads to, or ``gcsfs`` for the real thing. SIGKILL comes instead of the change after
-KILL_AFTER many.
+KILL_AFTER many; changes of names with REFUSE in them, from the environment, are refused.
 """
 
 import importlib.util
@@ -22,7 +22,7 @@ def load(name):
 if __name__ == "__main__":
     store, os.environ["POISE_SCRATCH"], kill_after, *sys.argv[1:] = sys.argv[1:]
     if store != "gcsfs":
-        load("local_store").use(store, kill_after=int(kill_after))
+        load("local_store").use(store, kill_after=int(kill_after), refuse=os.environ.get("REFUSE", ""))
     lease.EXPIRES_SECONDS = 0.5  # of the killed one, which nobody waits for here
     if "--num_processes=2" in sys.argv:
         hosts = load("tiny_hosts")
