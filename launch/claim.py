@@ -109,24 +109,20 @@ def _joined(workdir: str | os.PathLike[str], path: pathlib.Path, stack: contextl
             with atomic_path(marks[own]) as temporary:
                 temporary.touch()
 
-    def first_seen() -> int:
-        for process, path_of_mark in enumerate(marks):
-            if path_of_mark.is_file():
-                return process
-        raise ConfigError(
-            f"the workdir {path} must be on a file system that all processes share; one of them doesn't see what "
-            "process 0 wrote there"
-        )
-
     agree(mark)
-    first = agree(first_seen)
-    apart = "1" in exchange("1" if first else "")  # all have looked now
+    first = next((process for process, path_of_mark in enumerate(marks) if path_of_mark.is_file()), -1)
+    apart = any(text != "0" for text in exchange(str(first)))  # all have looked now
     follower: list[Follower] = []
 
     def follow() -> None:
         if first == own:
             for left in path.glob(".shared-*"):  # also of a process that was killed
                 left.unlink(missing_ok=True)
+        if first < 0:
+            raise ConfigError(
+                f"the workdir {path} must be on a file system that all processes share; one of them doesn't see what "
+                "process 0 wrote there"
+            )
         if first == own != 0:
             stack.enter_context(workdir_lock(path))
             follower.append(Follower(ObjectStore(checked_address(workdir)), path, say))

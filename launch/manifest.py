@@ -50,9 +50,13 @@ def describe(paths: Sequence[Sequence[str]], leaves: Sequence[Any], sums: Sequen
     ]
 
 
-def _payload(names: Sequence[str], leaves: Sequence[jax.Array]) -> dict[str, jax.Array]:
+_Leaves = Sequence[jax.Array] | Sequence[np.ndarray]
+
+
+def _payload(names: Sequence[str], leaves: _Leaves) -> dict[str, jax.Array | np.ndarray]:
     """What orbax gets: arrays by name. It can't store arrays without elements; the manifest is enough for those."""
-    data = {name: to_data(leaf) for name, leaf in zip(names, leaves, strict=True)}
+    numbers = (leaf if isinstance(leaf, np.ndarray) else to_data(leaf) for leaf in leaves)
+    data = dict(zip(names, numbers, strict=True))
     return {name: leaf for name, leaf in data.items() if leaf.size}
 
 
@@ -60,8 +64,8 @@ def _sealed(meta: dict[str, Any]) -> dict[str, Any]:
     return meta | {"sha256": content_hash(meta)}
 
 
-def save_args(names: Sequence[str], leaves: Sequence[jax.Array], meta: dict[str, Any]) -> Any:
-    """What orbax saves: the leaves and the sealed description."""
+def save_args(names: Sequence[str], leaves: _Leaves, meta: dict[str, Any]) -> Any:
+    """What orbax saves: the leaves, or the numbers in them, and the sealed description."""
     payload = _payload(names, leaves)
     items = {"state": ocp.args.StandardSave(payload)} if payload else {}
     return ocp.args.Composite(meta=ocp.args.JsonSave(_sealed(meta)), **items)

@@ -215,3 +215,14 @@ def test_gcsfs_and_an_emulator_of_google_s_store(tmp_path, emulator, undisturbed
     assert refused.returncode == 1
     assert "the workdir cannot be used: " in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+@pytest.mark.effects
+def test_two_machines_and_an_emulator_of_google_s_store(tmp_path, emulator):
+    codes, errors = two_processes(emulator, "gcsfs", (tmp_path / "one", tmp_path / "two"))
+    assert codes == [0, 0], errors
+    whole = bits_in(tmp_path / "one")
+    codes, errors = two_processes(emulator, "gcsfs", (tmp_path / "three", tmp_path / "one"))
+    assert codes == [0, 0], errors
+    assert "this run is finished" in errors[0]
+    assert bits_in(tmp_path / "three") == whole
