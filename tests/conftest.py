@@ -12,9 +12,13 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
-# Most tests run a program once or twice: optimizing it takes longer than what that saves. The second flag is gone from
+# By itself XLA splits each program for threads that compile it together, which costs more than it saves: the suite's
+# processes have all cores already.
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+
+# Most tests run a program once or twice: optimizing it takes longer than what that saves. The last flag is gone from
 # jaxlib 0.11 on, and XLA aborts at flags that it doesn't know.
-QUICK = " --xla_backend_optimization_level=0"
+QUICK = " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     QUICK += " --xla_cpu_use_fusion_emitters=false"
 

@@ -64,6 +64,7 @@ def run(name: str, blocks: list[Block]) -> None:
         exec(compile("\n" * block.line + block.code, str(ROOT / name), "exec"), namespace)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNNING)
 def test_blocks_of_a_page_run(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

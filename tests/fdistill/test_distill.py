@@ -237,6 +237,7 @@ def assert_close(expected, other):
     ],
     ids=["default", "fastgen", "regression", "dmd2"],
 )
+@pytest.mark.slow
 def test_eight_devices_give_the_numbers_of_one(changes, started, quick_jit):
     """Jit with a sharded batch, and shard_map."""
     config = dataclasses.replace(BASE, **changes)

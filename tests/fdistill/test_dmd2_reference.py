@@ -120,6 +120,7 @@ def plain_step(state, batch, key, descend):
     return {"student": student, **guidance}, metrics
 
 
+@pytest.mark.slow
 def test_a_cycle_is_two_iterations_of_dmd2(quick_jit):
     """In float64, and with SGD, which shows the gradients themselves."""
     with jax.enable_x64():

@@ -136,6 +136,7 @@ def test_the_divergences_gradients_differ():
     assert distances[~np.eye(len(NAMES), dtype=bool)].min() > 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("log_ratio",), ("fake",), ()], ids=["exact-ratio", "exact-fake", "both-learned"])
 def test_learned_parts_find_the_exact_gradient(parts, quick_jit):
     """After 700 updates of the critics, with parts that can represent the truth, both Gaussian."""

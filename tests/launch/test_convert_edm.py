@@ -36,6 +36,7 @@ def test_recipes_are_the_published_networks():
     assert tuple(EDM_CHECKPOINTS) == CHECKPOINTS
 
 
+@pytest.mark.slow
 @pytest.mark.golden
 @pytest.mark.golden_pattern("nets", "*.safetensors")
 def test_a_converted_network_gives_the_official_outputs(golden_file, tmp_path, capsys):

@@ -38,6 +38,7 @@ def assert_ends_the_same(workdir, environment, undisturbed):
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_killed_in_every_phase_and_stopped_by_both_signals(tmp_path, environment, undisturbed):
     # rows are counted in each process; 12 are the teacher's, 4 the warm-up's, 12 the student's
     assert launch(tmp_path, environment, "--kill=5,0.1").returncode == -signal.SIGKILL

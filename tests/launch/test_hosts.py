@@ -124,6 +124,7 @@ def test_two_processes_give_what_four_devices_of_one_give_and_the_second_writes_
     assert sorted(path.name for path in workdir.iterdir()) == sorted(path.name for path in tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_stops_both_after_the_same_step_and_one_process_goes_on(tmp_path, environment, two):
     processes = start_two(tmp_path, environment, "--slow=0.2")
     wait_for_rows(tmp_path, 18, *processes)  # of 12 + 4 + 12
@@ -142,6 +143,7 @@ def test_sigterm_to_one_stops_both_after_the_same_step_and_one_process_goes_on(t
     assert_close(two[0], tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_other_and_both_go_on_to_the_same_bits(tmp_path, environment, two):
     processes = start_two(tmp_path, environment, "--slow=0.2")
     wait_for_rows(tmp_path, 19, *processes)

@@ -31,6 +31,7 @@ def bits(workdir: pathlib.Path):
     return (workdir / "metrics.jsonl").read_bytes(), [np.asarray(leaf).tobytes() for row in leaves for leaf in row]
 
 
+@pytest.mark.slow
 def test_what_a_run_leaves(finished):
     report = json.loads((finished / "report.json").read_text())
     assert set(report["losses"]) == {"softmax", "lssar_p15"}
@@ -41,6 +42,7 @@ def test_what_a_run_leaves(finished):
     assert "=== softmax ===\nThe " in (finished / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_changed_text_is_another_run(finished, monkeypatch, capsys):
     before = (finished / "metrics.jsonl").read_bytes()
     splits = texts.open_text("topics")
@@ -50,6 +52,7 @@ def test_a_changed_text_is_another_run(finished, monkeypatch, capsys):
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_all_kinds_of_attention_see_the_same_batches(finished):
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [(row["phase"], row["step"]) for row in rows] == [

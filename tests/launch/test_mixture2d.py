@@ -29,6 +29,7 @@ def run(workdir, *flags):
     return json.loads((workdir / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_and_goes_on(tmp_path):
     said, _ = tiny.launch("distill", *SMALL, f"--workdir={tmp_path}", "--steps=2")
     report = json.loads((tmp_path / "report.json").read_text())

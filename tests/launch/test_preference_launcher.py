@@ -38,6 +38,7 @@ def finished(tmp_path_factory):
     return workdir, tiny.launch("preference", *SMALL, "--methods=sparse_po", f"--workdir={workdir}")
 
 
+@pytest.mark.slow
 def test_the_run_writes_everything(finished):
     workdir, (printed, _) = finished
     assert {path.name for path in workdir.iterdir()} >= {"config.json", "data.json", "metrics.jsonl", "checkpoints"}
@@ -71,6 +72,7 @@ def assert_the_reference_is_kept(workdir, *folders):
         assert 0 < max(moved) < 0.5
 
 
+@pytest.mark.slow
 def test_a_loss_starts_from_the_reference_and_leaves_it_alone(finished):
     workdir, _ = finished
     assert_the_reference_is_kept(workdir, "01_sparse_po")

@@ -37,6 +37,7 @@ def finished(tmp_path_factory):
     return workdir, tiny.launch("value", *SMALL, "--losses=hl_gauss", f"--workdir={workdir}")
 
 
+@pytest.mark.slow
 def test_the_run_writes_everything(finished):
     workdir, (printed, errors) = finished
     assert {path.name for path in workdir.iterdir()} >= {"config.json", "metrics.jsonl", "checkpoints", "report.json"}

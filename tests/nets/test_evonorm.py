@@ -218,6 +218,7 @@ def test_bad_input():
         evonorm_b("S0", x, one, zero)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["B0", "S0"])
 def test_a_small_network_learns_digits(kind):
     data = load_digits()

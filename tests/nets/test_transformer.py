@@ -77,6 +77,7 @@ def test_computation_in_bfloat16_with_float32_parameters(tokens, quick_jit):
     assert np.abs(logits - exact).max() < 0.5
 
 
+@pytest.mark.slow
 def test_learns_to_copy():
     model = small("lssar", width=32, vocab_size=9)
     rng = np.random.default_rng(2)

@@ -115,6 +115,7 @@ def test_nothing_is_learned_before_there_is_enough():
 @pytest.mark.parametrize(
     "name", ["hl_gauss", *(pytest.param(n, marks=pytest.mark.slow) for n in ("two_hot", "c51", "scalar"))]
 )
+@pytest.mark.slow
 def test_catch_is_learned_over_seeds(name):
     """Two seeds; a random agent gets about -0.5 on average and the best one 1."""
     agent = over_seeds(agent_of(name), 2)
