@@ -1,6 +1,7 @@
 """Checkpoints of a run: written atomically in the background, verified when read, and never lost to a damaged one."""
 
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from poise.launch.agreement import agree, from_main, is_main, only_main, several
+from poise.launch.agreement import agree, from_main, only_main, several
 from poise.launch.checkpoint_write import write, writing
 from poise.launch.digest import digests
 from poise.launch.frozen_parts import FrozenParts
@@ -255,8 +256,10 @@ class CheckpointStore:
         path = self.path(phase, step)
         self.wait()
         with self._saving(path):
-            only_main(lambda: path.parent.mkdir(parents=True, exist_ok=True))
-            manager = self._open(phase) if is_main() or not self._apart else None
+            if self._apart:
+                only_main(lambda: self._open(phase))
+            else:
+                self._open(phase)
             meta = {
                 "format": FORMAT,
                 "phase": self._phases[phase][0],
@@ -269,8 +272,7 @@ class CheckpointStore:
             }
 
             def save(args: Any) -> None:
-                if manager is not None:
-                    manager.save(step, args=args, force=True)
+                self._open(phase).save(step, args=args, force=True)
 
             write(path, layout.live_names, live, meta, save, self._apart)
         mirror = self._mirror()
@@ -290,9 +292,15 @@ class CheckpointStore:
             yield
 
     def _open(self, phase: int) -> ocp.CheckpointManager:
+        """What writes a phase's checkpoints: all processes call it, or process 0 alone where they are apart."""
         if self._manager is None or self._manager_phase != phase:
             self.close()
             self._quiet.enter_context(quiet_orbax())
+            make_folder = functools.partial(self._folders[phase].mkdir, parents=True, exist_ok=True)
+            if self._apart:
+                make_folder()
+            else:
+                only_main(make_folder)
             # In the background a failure of one of several would be told after the ten minutes for which orbax waits.
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep,
