@@ -164,6 +164,28 @@ def test_a_stopped_run_goes_on_with_both_machines_or_with_one_process_anywhere(t
 
 
 @pytest.mark.effects
+def test_a_shared_folder_and_machines_apart_take_turns(tmp_path, environment, apart):
+    shared, one = tmp_path / "shared", tmp_path / "one"
+    processes = hosts.start_two(shared, environment, "--slow=0.2")
+    hosts.wait_for_rows(shared, 7, *processes)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, errors = hosts.finish(*processes)
+    assert codes == [0, 0], errors
+    fake.use(tmp_path / "store")
+    for path in (path for path in shared.rglob("*") if path.is_file()):  # as somebody who copies the folder there
+        fake.LocalStore().put_file(str(path), f"{RUN}/{path.relative_to(shared).as_posix()}")
+    processes = start_apart(environment, tmp_path / "store", (one, tmp_path / "two"), "--slow=0.2")
+    codes, errors = stop_at(19, processes, one, signal.SIGTERM, 0)
+    assert codes == [0, 0], errors
+    assert "going on from step" in errors[0]
+    shutil.copytree(folder_in(one), tmp_path / "back")
+    codes, errors = hosts.finish(*hosts.start_two(tmp_path / "back", environment))
+    assert codes == [0, 0], errors
+    assert "going on from step" in errors[0]
+    assert tiny.final_bits(tmp_path / "back") == tiny.final_bits(folder_in(apart / "one"))
+
+
+@pytest.mark.effects
 @pytest.mark.parametrize("which", [0, 1])
 def test_one_of_two_machines_is_killed_and_two_new_ones_go_on_to_the_same_bits(tmp_path, environment, apart, which):
     one, two = tmp_path / "one", tmp_path / "two"

@@ -187,7 +187,9 @@ def test_the_chain_of_blocks_is_the_network(network):
     np.testing.assert_allclose(x, found["intermediates"]["block_0"]["__call__"][0], atol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["flexround", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adaround", "nupes"))])
+@pytest.mark.parametrize(
+    "method", ["flexround", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adaround", "nupes"))]
+)
 def test_reconstruction_comes_closer_than_rounding(network, method):
     model, params, images, apply = network
     target = apply({"params": params}, images)
