@@ -268,6 +268,7 @@ class _Run:
         for index in range(first, len(self.phases)):
             start = restored if restored is not None and index == first else None
             self.one_phase(index, programs[index], start)
+        self.store.wait()  # so that all processes hear of a failure
         self.store.close()
         return FitResult(self.placement.own_copy(self.state), dict(self.seconds), self.steps_trained, origin)
 

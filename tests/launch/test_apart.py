@@ -240,10 +240,15 @@ def test_what_one_machine_cannot_bring_down_is_passed_over_by_both(tmp_path, mon
 def test_an_upload_that_is_refused_and_an_address_that_is_lost_end_both(tmp_path, environment):
     one, two = tmp_path / "one", tmp_path / "two"
     refusing = environment | {"REFUSE": "00_teacher/10.json"}
-    codes, errors = hosts.finish(*start_apart(refusing, tmp_path / "store", (one, two)))
+    codes, errors = hosts.finish(*start_apart(refusing, tmp_path / "first", (one, two)))
     assert codes[0] == 1, errors
     assert codes[1] in (1, -signal.SIGABRT), errors
     assert f"the run can't be brought up to {RUN}: " in errors[0]
+    refusing = environment | {"REFUSE": "02_student/12.json"}  # the last one, which both wait for
+    ended = hosts.finish(*start_apart(refusing, tmp_path / "second", (tmp_path / "three", two)))
+    hosts.told_by_all(ended, 1, f"the run can't be brought up to {RUN}: ")
+    shutil.rmtree(one)
+    (tmp_path / "store").mkdir()
     processes = start_apart(environment, tmp_path / "store", (one, two), "--slow=0.5")
     while not any("00_teacher%2F12.json" in path.name for path in (tmp_path / "store").iterdir()):
         time.sleep(0.01)
