@@ -97,7 +97,8 @@ def fit(
 
     Args:
       phases: in order; only the last one may be made longer for a run that has come past the others.
-      workdir: the run's folder, or an address such as ``gs://bucket/run``; one run, one folder.
+      workdir: the run's folder, or an address such as ``gs://bucket/run``; one run, one folder. All processes see the
+        folder, or have the same address.
       seed: of parameters and noise, at least 0. (Data sources have seeds of their own.)
       start: what the first phase's ``make_algorithm`` receives, such as a network trained elsewhere; the same whenever
         the run goes on.
