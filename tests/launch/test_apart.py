@@ -423,6 +423,17 @@ def test_values_and_data_come_from_process_0(world, monkeypatch):
     assert all("the data has changed since the run in" in str(error) for error in errors)
 
 
+def test_a_vocabulary_is_process_0_s(world):
+    pytest.importorskip("tokenizers", reason="the extra text has them")
+    from poise.launch.lm import LanguageModelConfig, byte_pairs
+
+    config, text = LanguageModelConfig(workdir="x", vocab_size=280), b"the same words are the same words again " * 20
+    (world.folders[2] / "vocabulary.json").write_text("of another run")
+    first, *others = world.run(lambda index: byte_pairs(config, text, world.folders[index]).to_json())
+    assert first == (world.folders[0] / "vocabulary.json").read_text()
+    assert others == [first] * 3
+
+
 def follow(tmp_path, said):
     folder = tmp_path / "follower"
     folder.mkdir(exist_ok=True)
