@@ -39,6 +39,7 @@ def modules_with_examples() -> dict[str, list[doctest.DocTest]]:
 MODULES = modules_with_examples()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ def mesh_of(*sizes):
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WEIGHTINGS)
 @pytest.mark.parametrize("case", ["causal", "masks", "batch"])
 def test_keys_on_eight_devices_give_the_same(name, case, draw, quick_jit):

@@ -87,6 +87,7 @@ def test_lion_kappa_ended_at_the_minimum_of_its_problem(gallery):
     assert RESULTS["angle"]["sgdp"]["length"] < 1.5 < 5 < RESULTS["angle"]["optax.sgd, nesterov"]["length"]
 
 
+@pytest.mark.slow
 def test_the_script_runs_on_a_few_optimizers(gallery, monkeypatch, tmp_path):
     monkeypatch.setattr(gallery, "RATES", np.array([1e-3, 1e-2]))
     monkeypatch.setattr(gallery, "SPINNERS", {"sgdp": gallery.SPINNERS["sgdp"]})

@@ -172,6 +172,7 @@ def test_reverse_kl_has_weight_one_and_needs_no_head(stepped, started):
     assert "discriminator_loss" not in fewer
 
 
+@pytest.mark.slow
 def test_divergences_differ_only_in_the_weight(stepped):
     """At the first step the heads' logits are equal for all divergences, but the students' gradients are not."""
     results = [stepped(divergence="reverse_kl"), stepped(), stepped(divergence="forward_kl")]

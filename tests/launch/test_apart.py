@@ -99,6 +99,7 @@ def apart(tmp_path_factory, environment):
     return home
 
 
+@pytest.mark.slow
 def test_two_machines_give_what_one_process_gives_and_all_of_it_is_in_the_store(tmp_path, monkeypatch, apart):
     alone = tmp_path / "alone"
     tiny.run(alone, devices=jax.devices()[:4])

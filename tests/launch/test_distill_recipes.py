@@ -77,6 +77,7 @@ TINY = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", PAPER)
 def test_a_paper_recipe_traces_through_all_phases_at_tiny_size(recipe):
     """One step of each phase is traced, in bfloat16 as the recipe says; computing them is the slow tier's."""

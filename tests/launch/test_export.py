@@ -48,6 +48,7 @@ def test_round_trip_is_exact_from_file_and_from_folder(file):
         jax.tree.map(np.testing.assert_array_equal, loaded.variables, student.variables)
 
 
+@pytest.mark.slow
 def test_a_loaded_student_draws_images(file):
     student = load_student(file)
     images = student(jax.random.key(0), jnp.arange(3))
@@ -104,6 +105,7 @@ def test_contradictions_are_named(file):
         load_student(file)
 
 
+@pytest.mark.slow
 def test_a_student_without_classes_is_told_how_many_images(tmp_path):
     network = NetworkConfig({**NETWORK.architecture, "label_dim": 0})
     variables = build_network(network).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)), jnp.ones(1))

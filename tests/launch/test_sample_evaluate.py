@@ -51,6 +51,7 @@ def folder(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_images_are_drawn_with_the_labels_asked_for(folder, tmp_path):
     flags = (f"--workdir={folder}", "--num=7", "--batch_size=3")
     assert sample.main([*flags, f"--output={tmp_path}/a", "--labels=2,0"]) == 0
@@ -64,6 +65,7 @@ def test_images_are_drawn_with_the_labels_asked_for(folder, tmp_path):
     assert (teacher["image"] != drawn["image"]).any()
 
 
+@pytest.mark.slow
 def test_a_run_is_compared_with_its_data(folder, tmp_path):
     flags = (f"--workdir={folder}", "--num=30", "--batch_size=16", "--num_neighbours=3")
     assert evaluate.main([*flags, f"--output={tmp_path}/a.json", f"--write_reference={tmp_path}/real.npz",
@@ -87,6 +89,7 @@ def test_a_run_is_compared_with_its_data(folder, tmp_path):
     assert again["precision"] is None
 
 
+@pytest.mark.slow
 def test_what_is_judged_is_what_is_drawn(folder, tmp_path, monkeypatch):
     (tmp_path / "keeper.py").write_text(
         "kept = []\ndef keep(images):\n    kept.append(images)\n    return images.mean((1, 2))\n"

@@ -102,6 +102,7 @@ def test_between_steps_weights_lie_in_parts():
         assert {shard.data.shape for shard in leaf.addressable_shards} == {(8, WIDTH // 4)}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(tmp_path, alone):
     train(tmp_path, steps=2, mesh="data:2,fsdp:4")
     train(tmp_path, steps=4, parallel="pmap", devices=jax.devices()[:2])

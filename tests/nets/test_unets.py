@@ -209,6 +209,7 @@ def test_features_alone_equal_those_of_the_full_call(small, small_apply, batch, 
     assert np.abs(quick_jit(jax.grad(energy))(x)).min(axis=(1, 2, 3)).max() > 0
 
 
+@pytest.mark.slow
 def test_remat_gives_the_same_gradients_and_variables(small, batch, random_variables, quick_jit):
     module = one_level(small[0])
     variables = random_variables(module, *batch)
@@ -225,6 +226,7 @@ def test_remat_gives_the_same_gradients_and_variables(small, batch, random_varia
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6 * max(1.0, np.abs(one).max()))
 
 
+@pytest.mark.slow
 def test_ensembles_and_sharded_batches_equal_single_calls(small, small_apply, batch, quick_jit):
     module, variables = small
     ensemble = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.5 * leaf]), variables)
