@@ -5,7 +5,8 @@
 Three comparisons, each a table:
 
   products     ``x @ w`` for x of [rows, size] and w of [size, size]: float32; int8 weights with activations quantized
-               on the fly; the same with weights packed at 4 bits and fewer; weights dequantized on the fly. Contestants
+               on the fly, each row by its own scale or all by a fixed one; the same with weights packed at 4 bits and
+               fewer; int8 codes times int8 codes and nothing else; weights dequantized on the fly. Contestants
                take turns in one process; a ratio is the median over rounds of the quotient of two neighbours in time.
   reconstruct  steps a second of FlexRound on one dense layer: ``poise.quant.reconstruct`` (one scan, compilation
                counted apart) and the same loop written in PyTorch, eager, if torch is installed.
@@ -13,6 +14,7 @@ Three comparisons, each a table:
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import tempfile
@@ -30,9 +32,11 @@ from poise.launch.quantized_files import save_quantized
 from poise.quant import (
     FlexRound,
     QuantRule,
+    absmax_scale,
     dequantize_tensor,
     export,
     int8_dot,
+    quantize_activations,
     reconstruct,
     tree_nbytes,
 )
@@ -69,12 +73,19 @@ def products(size: int, rows: int, seconds: float, rounds: int) -> list[Row]:
     w, x = jnp.asarray(draw((size, size), 0)), jnp.asarray(draw((rows, size), 1))
     matmul, integers = jax.jit(jnp.matmul), jax.jit(int8_dot)
     on_the_fly = jax.jit(lambda x, tensor: x @ dequantize_tensor(tensor))
+    with_scale = jax.jit(lambda x, tensor, scale: int8_dot(x, tensor, scale=scale))
+    codes_alone = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.int32))
     contestants: dict[str, Callable[[], Any]] = {"float32": lambda: matmul(x, w)}
     weights = {"float32": w}
     for bits in (8, 4, 3, 2, 1):
         tensor = exported(w, bits).params["kernel"]
         weights[f"int8 dot, {bits} bits"] = tensor
         contestants[f"int8 dot, {bits} bits"] = lambda tensor=tensor: integers(x, tensor)
+    fixed, eight = absmax_scale(x, 8, None), weights["int8 dot, 8 bits"]
+    codes = quantize_activations(x, None, fixed)[0]
+    weights |= {"int8 dot, 8 bits, fixed scale": eight, "codes times codes alone": eight}
+    contestants["int8 dot, 8 bits, fixed scale"] = lambda: with_scale(x, eight, fixed)
+    contestants["codes times codes alone"] = lambda: codes_alone(codes, eight.codes)
     for bits in (8, 4):
         tensor = exported(w, bits).params["kernel"]
         weights[f"dequantized, {bits} bits"] = tensor
