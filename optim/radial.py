@@ -15,7 +15,7 @@ NOT_PROJECTED, CHANNEL_VIEW, LAYER_VIEW = 0, 1, 2
 
 # From this size on a leaf is looked at in stages; a conditional costs more than the sums of smaller ones. And the
 # number of channels by which the first stage tells that not all of them are orthogonal to their gradients.
-STAGED_SIZE, FEW = 1 << 19, 8
+STAGED_SIZE, FEW = 1 << 16, 8
 
 
 class Radial(NamedTuple):
