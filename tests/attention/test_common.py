@@ -81,9 +81,10 @@ def masks(which, batch=2, heads=4, queries=7, keys=7, seed=0):
 
 WHICH = ("all", "causal", "window", "causal_window", "lengths", "segments", "mask", "mask_broadcast")
 STATIC = ("is_causal", "local_window_size")
+IN_OTHERS = ("all", "causal", "window", "mask")  # what goes wrong with them does with the rest, too
 THOROUGH = ("lssar_3",)  # the others differ from it in how a row is weighted, not in who sees whom
 MASKED = [
-    (name, implementation, which)
+    pytest.param(name, implementation, which, marks=[pytest.mark.slow] if which in IN_OTHERS else [])
     for name in FUNCTIONS
     for implementation in IMPLEMENTATIONS
     for which in (

@@ -52,6 +52,7 @@ def test_outputs_and_gradients_of_an_independent_implementation(golden_file, imp
                 np.testing.assert_allclose(result, expected, rtol=0, atol=tolerance, err_msg=f"{case} {name}")
 
 
+@pytest.mark.slow
 @every_implementation
 def test_gradients_are_those_of_finite_differences(implementation, draw, quick_jit):
     with jax.enable_x64():

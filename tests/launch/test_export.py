@@ -38,6 +38,7 @@ def file(tmp_path) -> pathlib.Path:
     return tmp_path / "student.safetensors"
 
 
+@pytest.mark.slow
 def test_round_trip_is_exact_from_file_and_from_folder(file):
     student = make_student()
     for path in (file, file.parent, str(file)):

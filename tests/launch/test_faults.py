@@ -61,6 +61,7 @@ def test_killed_in_every_phase_and_stopped_by_both_signals(tmp_path, environment
         (8000, ["the checkpoint", "00_teacher", "File too large", "earlier checkpoints are intact"]),
     ],
 )
+@pytest.mark.slow
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path, environment, undisturbed, limit, words):
     # from row 11 on no file may grow beyond the limit; step 5 was saved by then, step 10 perhaps
     full = launch(tmp_path, environment, f"--file-limit={limit}", "--at=11")

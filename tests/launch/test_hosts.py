@@ -109,6 +109,7 @@ def two(tmp_path_factory, environment):
     return workdir, errors
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_four_devices_of_one_give_and_the_second_writes_no_file(tmp_path, environment, two):
     codes, errors = finish(start(tmp_path, environment))
     assert codes == [0], errors

@@ -164,6 +164,7 @@ def assert_same(store, whole):
     assert len(left) <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("same_machine", [True, False])
 def test_killed_after_every_single_write_it_ends_the_same(tmp_path, monkeypatch, same_machine):
     toy_run(keep=1)

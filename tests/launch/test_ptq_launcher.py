@@ -188,8 +188,9 @@ def test_the_chain_of_blocks_is_the_network(network):
 
 
 @pytest.mark.parametrize(
-    "method", ["flexround", *(pytest.param(name, marks=pytest.mark.slow) for name in ("adaround", "nupes"))]
+    "method", ["adaround", "flexround", "nupes"]
 )
+@pytest.mark.slow
 def test_reconstruction_comes_closer_than_rounding(network, method):
     model, params, images, apply = network
     target = apply({"params": params}, images)

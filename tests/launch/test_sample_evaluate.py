@@ -113,6 +113,7 @@ def real_files(folder):
     return [train._images._files[i] for i in train._indices]
 
 
+@pytest.mark.slow
 def test_any_feature_function_will_do(folder, tmp_path, monkeypatch):
     (tmp_path / "my_features.py").write_text("def means(images):\n    return images.mean((1, 2))\n")
     monkeypatch.syspath_prepend(tmp_path)

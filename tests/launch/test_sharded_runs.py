@@ -78,6 +78,7 @@ def assert_close(state, other):
         ({"mesh": "data:4,model:2", "sharding": RULES}, (None, "model")),
     ],
 )
+@pytest.mark.slow
 def test_every_placement_gives_what_one_device_gives(tmp_path, alone, options, split):
     state = train(tmp_path, **options).state
     assert_close(state, alone)

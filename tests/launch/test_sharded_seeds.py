@@ -82,6 +82,7 @@ def alone(tmp_path_factory):
         ({"mesh": "data:2,fsdp:4"}, ("data", "fsdp")),
     ],
 )
+@pytest.mark.slow
 def test_seeds_lie_apart_and_give_what_one_device_gives(tmp_path, alone, options, axes):
     state = train(tmp_path, **options).state
     for leaf in (state["w"], state["steps"]):

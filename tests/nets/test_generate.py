@@ -37,6 +37,7 @@ def test_the_likeliest_tokens_are_those_of_whole_passes(model, variables):
     np.testing.assert_array_equal(drawn, tokens[:, 3:])
 
 
+@pytest.mark.slow
 def test_draws_follow_the_distribution_and_the_key(model, variables):
     prompt = jnp.tile(jnp.array([[7, 1]]), (2000, 1))
     draw = jax.jit(functools.partial(generate, model, num_tokens=1))

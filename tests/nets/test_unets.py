@@ -244,6 +244,7 @@ def test_ensembles_and_sharded_batches_equal_single_calls(small, small_apply, ba
     np.testing.assert_allclose(sharded, single, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout(small, small_apply, batch, quick_jit):
     module, variables = small
     none = module.clone(model=module.model.clone(dropout=0.0))
