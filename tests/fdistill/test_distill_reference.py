@@ -221,7 +221,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fastgen", "guidance"))])
+@pytest.mark.parametrize(
+    "name", ["own", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fastgen", "guidance"))]
+)
 def test_a_step_is_the_one_written_out_plainly(name, quick_jit):
     config = dataclasses.replace(BASE, **CASES[name])
     batch, key, head = make_batch(), jax.random.key(12), head_of(config)

@@ -187,9 +187,7 @@ def test_the_chain_of_blocks_is_the_network(network):
     np.testing.assert_allclose(x, found["intermediates"]["block_0"]["__call__"][0], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "method", ["adaround", "flexround", "nupes"]
-)
+@pytest.mark.parametrize("method", ["adaround", "flexround", "nupes"])
 @pytest.mark.slow
 def test_reconstruction_comes_closer_than_rounding(network, method):
     model, params, images, apply = network
