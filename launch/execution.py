@@ -31,6 +31,12 @@ class CheckpointConfig(HostsConfig):
         60.0, "seconds between checkpoints; 0: by steps alone", role="execution", minimum=0.0
     )
     keep: int = field(2, "checkpoints kept per phase", role="execution", minimum=1)
+    check_every: int = field(
+        10,
+        "steps between looks at the whole state for NaN; 1 tells where one began",
+        role="execution",
+        minimum=1,
+    )
     profile_steps: tuple[int, ...] = field(
         (), "first and last step to profile, such as 10,15; empty: none", role="execution", minimum=1
     )
@@ -38,7 +44,8 @@ class CheckpointConfig(HostsConfig):
 
     def for_fit(self) -> dict[str, Any]:
         """Those of these settings that :func:`poise.launch.fit` takes, by its names for them."""
-        return {name: getattr(self, name) for name in ("save_every", "save_every_seconds", "keep", "profile_steps")}
+        names = ("save_every", "save_every_seconds", "keep", "check_every", "profile_steps")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The one training loop: phases of jitted steps, with metrics, evaluations and checkpoints in a fixed order.
 
 Each step goes: batch -> step -> evaluation, if due -> its row, with the evaluation's figures as ``eval/...`` ->
-pictures, if due -> checkpoint, if due; what isn't finite ends the run before the evaluation. A checkpoint of step
+pictures, if due -> checkpoint, if due; a metric or a state that isn't finite ends the run before the evaluation. The
+state is looked at every few steps, and always before it is evaluated or saved. A checkpoint of step
 ``s`` therefore stands for everything up to ``s``, its evaluation included, and every row up to ``s`` is on disk before
 the checkpoint is. A run that goes on from it drops later rows and does the same again. Rows are fetched one step late,
 so that the devices are never waited for.
@@ -78,6 +79,7 @@ def fit(
     mesh: str = "",
     sharding: str | Rules = "",
     devices: Sequence[jax.Device] | None = None,
+    check_every: int = 10,
     profile_steps: Sequence[int] = (),
     writers: Sequence[Writer] = (),
     tensorboard: bool = True,
@@ -112,6 +114,8 @@ def fit(
       sharding: rules for the layout of the state's leaves, such as ``"kernel$=-,fsdp;.*="``; without, only an axis
         ``fsdp`` splits leaves. See :class:`poise.launch.sharding.LeafSpecs`. Both may change when a run goes on.
       devices: the devices; None for all.
+      check_every: steps between looks at the whole state for NaN and infinity, which read all of it; metrics are looked
+        at after every step, and a state before it is evaluated or saved. 1 tells exactly where something went wrong.
       profile_steps: the first and the last of this call's steps that go into a profile in ``<workdir>/profile``, see
         :class:`poise.launch.profiling.StepProfile`; of several processes that of process 0.
       writers: take metrics and pictures besides the files above; of several processes those of process 0.
@@ -145,7 +149,7 @@ def fit(
       >>> round(float(result.state), 3), result.steps_trained
       (3.0, 20)
     """
-    _check(phases, seed, save_every, save_every_seconds)
+    _check(phases, seed, save_every, save_every_seconds, check_every)
     profile = StepProfile(profile_steps if is_main() else (), workdir_path(workdir) / "profile")
     path = workdir_path(workdir)
     only_main(lambda: prepare_workdir(workdir))
@@ -164,7 +168,7 @@ def fit(
         store = CheckpointStore(path / "checkpoints", order, seed, keep, console.line, apart)
         run = _Run(phases, seed, placement, store, sinks, console, stop, timing)
         run.save_every, run.save_every_seconds, run.start = save_every, save_every_seconds, start
-        run.profile = profile
+        run.check_every, run.profile = check_every, profile
         try:
             result = run.all_phases()
             run.close()
@@ -182,7 +186,9 @@ def fit(
         return result
 
 
-def _check(phases: Sequence[Phase], seed: int, save_every: int, save_every_seconds: float | int) -> None:
+def _check(
+    phases: Sequence[Phase], seed: int, save_every: int, save_every_seconds: float | int, check_every: int
+) -> None:
     names = [phase.name for phase in phases]
     if not phases:
         raise ValueError("phases must hold at least one phase, got none")
@@ -199,14 +205,16 @@ def _check(phases: Sequence[Phase], seed: int, save_every: int, save_every_secon
     for name, value in (("seed", seed), ("save_every", save_every), ("save_every_seconds", save_every_seconds)):
         if value < 0:
             raise ValueError(f"{name} must be at least 0, got {value}")
+    if check_every < 1:
+        raise ValueError(f"check_every must be at least 1, got {check_every}")
 
 
 class _Pending(NamedTuple):
-    """A finished step whose numbers are still on the devices."""
+    """A finished step whose numbers are still on the devices; of its state which leaves are finite, if that is due."""
 
     step: int
     metrics: dict[str, Array]
-    finite: Array
+    finite: Array | None
 
 
 class _Run:
@@ -214,6 +222,7 @@ class _Run:
 
     save_every = 0
     save_every_seconds: float | int = 0
+    check_every = 1
     start: State | None = None
     profile = StepProfile((), "")
 
@@ -314,8 +323,9 @@ class _Run:
             batch = program.place(step - 1)
             self.steps_trained += 1
             with self.profile.step(self.steps_trained):
-                live, metrics, finite = program.step(live, frozen, batch, key, step - 1)
+                live, metrics = program.step(live, frozen, batch, key, step - 1)
             self.profile.after(self.steps_trained, metrics)
+            finite = program.look(live) if step % self.check_every == 0 else None
             pending, before = _Pending(step, metrics, finite), pending
             if before is not None:
                 self.report(index, program, before)
@@ -324,6 +334,8 @@ class _Run:
             leaving, timely = self.decisions.after_step(self.time_to_save())
             save = timely or self.save_due(step, phase.num_steps)
             if evaluation or save or leaving:
+                if finite is None:
+                    pending = pending._replace(finite=program.look(live))
                 self.report(
                     index, program, pending, evaluation, program.own_state(live, frozen) if evaluation else None
                 )
@@ -370,17 +382,21 @@ class _Run:
                 writer.images(phase.name, pending.step, pictures)
 
     def fetch(self, program: Program, pending: _Pending) -> dict[str, Any]:
-        """A step's metrics, after making sure that everything in them and in the state is finite."""
+        """A step's metrics, after making sure that they are finite, and the state, where it was looked at."""
         metrics, finite = jax.device_get((pending.metrics, pending.finite))
-        finite = np.asarray(np.atleast_2d(finite).all(axis=0))  # over seeds
-        name = program.phase.name
-        if not finite.all():
-            bad = [leaf for leaf, fine in zip(program.finite_names, finite, strict=True) if not fine]
+        bad = [f"metric {name}" for name, value in metrics.items() if not np.isfinite(value).all()]
+        if finite is not None:
+            fine = np.atleast_2d(finite).all(axis=0)  # over seeds
+            bad += [f"state {leaf}" for leaf, whole in zip(program.inexact_names, fine, strict=True) if not whole]
+        if bad:
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            closer = (
+                "" if self.check_every == 1 else "; with check_every=1 it goes on from there and tells where it began"
+            )
             self.console.finish()
             raise NonFiniteError(
-                f"{bad[0]}{more} is not finite after step {pending.step} of phase {name!r}; nothing of it was "
-                "saved, the last checkpoint is from before"
+                f"{bad[0]}{more} is not finite after step {pending.step} of phase {program.phase.name!r}; nothing of "
+                f"it was saved, the last checkpoint is from before{closer}"
             )
         return {key: host_scalar(value) for key, value in metrics.items()}
 

@@ -1,5 +1,6 @@
 """A phase of a run, and the compiled program of one of its steps."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -83,6 +84,7 @@ class Program:
       layout: of its state.
       shardings: of its live and of its frozen leaves.
       notice: what is to be said before it starts, or nothing.
+      inexact_names: of its live leaves those that may hold NaN or infinity.
 
     Raises:
       DeviceError: if the devices can't share its batches.
@@ -112,8 +114,13 @@ class Program:
         self._init = jax.jit(init, out_shardings=self.layout.merge(*self.shardings))
         self.notice = placement.notice_of_seeds(phase.num_seeds)
         self._previous = abstract
-        self.finite_names: tuple[str, ...] = ()
+        self.inexact_names = tuple(
+            name
+            for name, leaf in zip(self.layout.live_names, self.layout.abstract_live, strict=True)
+            if _is_inexact(leaf)
+        )
         self._step: Any = None
+        self._look: Any = None
 
     def begin(self, previous_state: State | None, key: PRNGKeyArray) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The live and frozen leaves that the phase starts with."""
@@ -138,7 +145,7 @@ class Program:
         return self._placement.place_batch(self._data.batch(step), self._data.batch_axis)
 
     def compile(self) -> None:
-        """Compiles the step once; what is called later is that program and never another."""
+        """Compiles the step and the look at its state once; no other programs are called later."""
         phase, layout, placement = self.phase, self.layout, self._placement
         advance = self._advance()
         used_live = placement.together(layout.live_names, self.shardings[0])
@@ -146,15 +153,14 @@ class Program:
 
         def step(
             live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: Array
-        ) -> tuple[tuple[Any, ...], dict[str, Array], Bool[Array, "..."]]:
+        ) -> tuple[tuple[Any, ...], dict[str, Array]]:
             live = _moved(live, self.shardings[0], used_live)
             frozen = _moved(frozen, self.shardings[1], used_frozen)
             # The fold-in completes poise.core.step_key(seed, phase, step).
             state, metrics = advance(layout.merge(live, frozen), batch, jax.random.fold_in(key, index))
             new_live, _ = layout.split(state)
             _check_metrics(metrics, phase, self._seeds_apart)
-            self.finite_names, finite = _finite(layout.live_names, new_live, metrics, self._seeds_apart)
-            return new_live, metrics, finite
+            return new_live, metrics
 
         key = jax.eval_shape(lambda: jax.random.key(0))
         index = jax.ShapeDtypeStruct((), jnp.uint32)
@@ -167,9 +173,12 @@ class Program:
             step,
             donate_argnums=0,
             in_shardings=(live, frozen, split, whole, whole),
-            out_shardings=(live, told, told),
+            out_shardings=(live, told),
         )
         self._step = jitted.lower(*abstract).compile()
+        look = functools.partial(_finite, seeds_apart=self._seeds_apart)
+        jitted = jax.jit(look, in_shardings=(live,), out_shardings=told)
+        self._look = jitted.lower(layout.abstract_live).compile()
 
     def _advance(self) -> Callable[..., Any]:
         """The algorithm's step; under pmap the same program on every device, with its share of batch or seeds.
@@ -197,12 +206,13 @@ class Program:
 
     def step(
         self, live: tuple[Any, ...], frozen: tuple[Any, ...], batch: PyTree, key: PRNGKeyArray, index: int
-    ) -> tuple[tuple[Any, ...], dict[str, Array], Array]:
-        """One step, from 0: new live leaves (the old ones are gone), metrics, and which values are finite.
-
-        The last is ``[values]``, where seeds are split ``[seeds, values]``.
-        """
+    ) -> tuple[tuple[Any, ...], dict[str, Array]]:
+        """One step, from 0: new live leaves (the old ones are gone) and metrics."""
         return self._step(live, frozen, batch, key, np.uint32(index))
+
+    def look(self, live: tuple[Any, ...]) -> Array:
+        """Which of the leaves ``inexact_names`` are finite: ``[leaves]``, where seeds are split ``[seeds, leaves]``."""
+        return self._look(live)
 
 
 def _moved(leaves: tuple[Any, ...], lie: tuple[Any, ...], used: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -227,14 +237,9 @@ def _check_metrics(metrics: Any, phase: Phase, seeds_apart: bool) -> None:
             raise ValueError(f"phase {phase.name!r}: metric {name!r} must be {wanted}, got shape {jnp.shape(value)}")
 
 
-def _finite(
-    names: tuple[str, ...], live: tuple[Any, ...], metrics: Mapping[str, Any], seeds_apart: bool
-) -> tuple[tuple[str, ...], Bool[Array, "..."]]:
-    """Which metrics and which leaves of the state hold only finite numbers, with their names; seeds first."""
-    values = {f"metric {name}": jnp.asarray(value) for name, value in metrics.items()}
-    values |= {f"state {name}": leaf for name, leaf in zip(names, live, strict=True)}
-    inexact = {name: value for name, value in values.items() if _is_inexact(value)}
+def _finite(live: tuple[Any, ...], seeds_apart: bool) -> Bool[Array, "..."]:
+    """Which leaves hold only finite numbers, of those that may hold others; seeds first."""
     first = int(seeds_apart)
-    flags = [jnp.isfinite(value).all(axis=tuple(range(first, value.ndim))) for value in inexact.values()]
+    flags = [jnp.isfinite(leaf).all(axis=tuple(range(first, leaf.ndim))) for leaf in live if _is_inexact(leaf)]
     none = jnp.ones((live[0].shape[0], 0) if seeds_apart else (0,), bool)
-    return tuple(inexact), jnp.stack(flags, axis=-1) if flags else none
+    return jnp.stack(flags, axis=-1) if flags else none

@@ -305,10 +305,32 @@ def test_all_checkpoints_damaged_takes_nothing_else_away(undisturbed, tmp_path):
 @pytest.mark.parametrize("step", [1, 6])
 def test_nan_stops_the_run_before_it_is_saved(tmp_path, step):
     with pytest.raises(NonFiniteError, match=rf"state params/w .*after step {step} of phase 'teacher'"):
-        tiny.run(tmp_path, nan_at=step)
+        tiny.run(tmp_path, nan_at=step, check_every=1)
     assert all(row["step"] < step for row in rows(tmp_path))
     saved = [int(path.name) for path in (tmp_path / "checkpoints").glob("00_teacher/*")]
     assert saved == [s for s in (5, 10) if s < step]
+
+
+def test_nan_shows_in_the_next_metrics_and_looking_closer_tells_where_it_began(tmp_path):
+    with pytest.raises(
+        NonFiniteError, match=r"metric \w+ .*after step 8 of phase 'teacher'.*; with check_every=1 it goes"
+    ):
+        tiny.run(tmp_path, nan_at=7)
+    assert [path.name for path in (tmp_path / "checkpoints").glob("00_teacher/*")] == ["5"]
+    with pytest.raises(NonFiniteError, match=r"state params/w .*after step 7 of phase 'teacher'.* is from before$"):
+        tiny.run(tmp_path, nan_at=7, check_every=1)
+
+
+@pytest.mark.parametrize(("check_every", "save_every", "found"), [(4, 0, 4), (10, 5, 5), (10, 0, 9)])
+def test_a_state_whose_metrics_are_fine_is_looked_at_in_time(tmp_path, check_every, save_every, found):
+    def step(state, batch, key):
+        return {"w": state["w"] + 1, "unseen": jnp.where(state["w"] >= 2, jnp.inf, 0.0)}, {"w": state["w"]}
+
+    algorithm = Algorithm(lambda key, batch: {"w": jnp.zeros(()), "unseen": jnp.zeros(())}, step)
+    phase = Phase("only", lambda previous: algorithm, NoData(), 9)
+    with pytest.raises(NonFiniteError, match=f"state unseen is not finite after step {found} of phase 'only'"):
+        fit([phase], workdir=tmp_path, seed=0, save_every=save_every, save_every_seconds=0, check_every=check_every)
+    assert not list((tmp_path / "checkpoints").rglob("only/*"))
 
 
 def test_infinite_metrics_are_named(tmp_path):

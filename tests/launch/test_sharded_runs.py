@@ -96,7 +96,7 @@ def test_between_steps_weights_lie_in_parts():
     program = Program(phase, None, placement)
     program.compile()
     live, frozen = program.begin(None, jax.random.key(0))
-    live, _, _ = program.step(live, frozen, program.place(0), jax.random.key(1), 0)
+    live, _ = program.step(live, frozen, program.place(0), jax.random.key(1), 0)
     names = program.layout.live_names
     for leaves, name in ((live, "params/hidden/kernel"), (live, "optimizer/0/nu/hidden/kernel")):
         leaf = leaves[names.index(name)]

@@ -120,9 +120,9 @@ def test_a_run_goes_on_on_other_devices(tmp_path, alone):
 def test_devices_wait_for_nothing(parallel):
     program = Program(phase(8, data=NoData())._replace(make_algorithm=without_data), None, Placement(parallel=parallel))
     program.compile()
-    text = program._step.as_text()
-    assert "num_partitions=8" in text
-    assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
+    for text in (program._step.as_text(), program._look.as_text()):
+        assert "num_partitions=8" in text
+        assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
 
 
 def without_data(previous, axis_name=None):
@@ -136,7 +136,7 @@ def without_data(previous, axis_name=None):
 def test_one_seed_that_bursts_ends_the_run(tmp_path):
     keys = train(tmp_path / "keys", steps=0).state["key"]
     bits = np.asarray(jax.random.key_data(keys))[5]
-    options = dict(workdir=tmp_path / "run", seed=0, tensorboard=False)
+    options = dict(workdir=tmp_path / "run", seed=0, tensorboard=False, check_every=1)
     with pytest.raises(NonFiniteError, match=r"state w is not finite after step 4 of phase 'line'"):
         fit([phase(8, burst=bits)], **options)
 

@@ -192,8 +192,8 @@ def kill_soon(seconds):
     threading.Thread(target=kill, daemon=True).start()
 
 
-def run(workdir, *, writers=(), seed=3, save_every=5, devices=None, **options):
-    settings = dict(save_every_seconds=0, keep=2, devices=devices or jax.devices()[:1])
+def run(workdir, *, writers=(), seed=3, save_every=5, check_every=10, devices=None, **options):
+    settings = dict(save_every_seconds=0, keep=2, check_every=check_every, devices=devices or jax.devices()[:1])
     return fit(phases(**options), workdir=workdir, seed=seed, save_every=save_every, writers=writers, **settings)
 
 
