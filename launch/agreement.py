@@ -103,6 +103,27 @@ def from_main(action: Callable[[], Result], *kinds: type[Exception]) -> Result:
     return json.loads(exchange(json.dumps(found[0]) if found else "")[0])
 
 
+def alike(own: Callable[[], str], what: str, because: str) -> None:
+    """Makes sure that something is the same in all processes.
+
+    Args:
+      own: gives a text that stands for it here; called where there are several processes.
+      what: its name in a sentence.
+      because: what may have made it another.
+
+    Raises:
+      ConfigError: naming the first process where it differs from that of process 0.
+    """
+    if not several():
+        return
+    said = exchange(agree(own))
+    for process, other in enumerate(said):
+        if other != said[0]:
+            raise ConfigError(
+                f"{what} must be the same in all processes, but is another in process {process}: {because}"
+            )
+
+
 def only_main(action: Callable[[], Any], *kinds: type[Exception]) -> None:
     """Does something in process 0 alone, while the others wait; where it fails all of them do, see :func:`agree`."""
     agree(action if is_main() else lambda: None, *kinds)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from poise.launch.agreement import agree, from_main, only_main, several
+from poise.launch.agreement import agree, alike, from_main, only_main, several
 from poise.launch.checkpoint_write import write, writing
 from poise.launch.digest import digests
 from poise.launch.frozen_parts import FrozenParts
@@ -22,6 +22,7 @@ from poise.launch.manifest import (
     CheckpointError,
     Damaged,
     alone,
+    content_hash,
     describe,
     frozen_home,
     matching,
@@ -270,6 +271,12 @@ class CheckpointStore:
                 "frozen": self._frozen.save(layout, tuple(frozen)) if frozen else None,
                 "leaves": describe(layout.live_paths, live, digests(live)),
             }
+
+            alike(
+                lambda: content_hash([meta["frozen"], meta["leaves"]]),
+                f"the state after step {step} of phase {meta['phase']!r}",
+                "what a process reads by itself, such as its images or --teacher, must be the same everywhere",
+            )
 
             def save(args: Any) -> None:
                 self._open(phase).save(step, args=args, force=True)

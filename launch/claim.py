@@ -4,18 +4,23 @@ import contextlib
 import os
 import pathlib
 import secrets
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from poise.launch.agreement import agree, exchange, main_says, only_main, several
 from poise.launch.config import ConfigError
-from poise.launch.fetch import say
+from poise.launch.fetch import say, telling
 from poise.launch.files import atomic_path
 from poise.launch.follower import Follower
-from poise.launch.lock import workdir_lock
+from poise.launch.hosts import HEARTBEAT_SECONDS
+from poise.launch.lock import WorkdirLocked, workdir_lock
 from poise.launch.mirror import claimed_workdir, mirror_of
 from poise.launch.object_store import ObjectStore, checked_address, is_address
 from poise.launch.workdir import prepare_workdir, workdir_path
+
+_LEAVING_SECONDS = 10.0  # that a process takes to leave once it knows that others are gone
 
 
 class _Held(NamedTuple):
@@ -46,7 +51,7 @@ def claimed_by_all(
     Args:
       workdir: a folder, or an address; made if it is not there.
       log: gets sentences for the user, in process 0.
-      settle: done by process 0 once it holds the place, such as writing the settings.
+      settle: done by process 0 once all hold the place, such as writing the settings.
 
     Yields:
       Whether the processes are apart: some have another folder than process 0, which alone writes checkpoints then.
@@ -71,13 +76,13 @@ def claimed_by_all(
         def claim() -> None:
             prepare_workdir(workdir)
             stack.enter_context(claimed_workdir(workdir, log))
-            settle()
 
         only_main(claim)
         held = _held.get(path, _Held(False, None))
         if several() and path not in _held:
             held = _held[path] = _joined(workdir, path, stack)
             stack.callback(_held.pop, path)
+        only_main(settle)
         if held.apart:
             _bring_everywhere(path, held)
         yield held.apart
@@ -95,7 +100,10 @@ def _check_address(workdir: str | os.PathLike[str]) -> None:
 
 
 def _joined(workdir: str | os.PathLike[str], path: pathlib.Path, stack: contextlib.ExitStack) -> _Held:
-    """Finds out which processes share a folder: each marks its own, and looks for the mark of the first it can see."""
+    """Finds out which processes share a folder: each marks its own, and looks for the mark of the first it can see.
+
+    Process 0 looks as well: a mark that it sees is one in its folder, however late it is seen from there.
+    """
     import jax
 
     own, address = jax.process_index(), is_address(workdir)
@@ -111,6 +119,10 @@ def _joined(workdir: str | os.PathLike[str], path: pathlib.Path, stack: contextl
 
     agree(mark)
     first = next((process for process, path_of_mark in enumerate(marks) if path_of_mark.is_file()), -1)
+    seen_by_main = main_says(
+        [(path / f".shared-{token}-{process}").is_file() for process in range(jax.process_count())]
+    )
+    first = 0 if seen_by_main[own] else first
     apart = any(text != "0" for text in exchange(str(first)))  # all have looked now
     follower: list[Follower] = []
 
@@ -124,11 +136,28 @@ def _joined(workdir: str | os.PathLike[str], path: pathlib.Path, stack: contextl
                 "process 0 wrote there"
             )
         if first == own != 0:
-            stack.enter_context(workdir_lock(path))
+            stack.enter_context(_lock_in_time(path))
             follower.append(Follower(ObjectStore(checked_address(workdir)), path, say))
 
     agree(follow)
     return _Held(apart, follower[0] if follower else None)
+
+
+@contextlib.contextmanager
+def _lock_in_time(path: pathlib.Path) -> Iterator[None]:
+    """A folder's lock; a follower of a run whose process 0 was killed holds it until it finds that out."""
+    with contextlib.ExitStack() as stack:
+        with telling(say, f"waiting for another launcher in {path} on {socket.gethostname()}"):
+            end = time.monotonic() + HEARTBEAT_SECONDS + _LEAVING_SECONDS
+            while True:
+                try:
+                    stack.enter_context(workdir_lock(path))
+                    break
+                except WorkdirLocked as error:
+                    if time.monotonic() > end:
+                        raise WorkdirLocked(f"on {socket.gethostname()}: {error}") from error
+                    time.sleep(0.5)
+        yield
 
 
 def _bring_everywhere(path: pathlib.Path, held: _Held) -> None:

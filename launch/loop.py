@@ -26,10 +26,11 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from poise.core import State, step_key
-from poise.launch.agreement import Decisions, is_main, only_main
+from poise.launch.agreement import Decisions, alike, is_main, only_main
 from poise.launch.checkpoint import CheckpointStore, Restored
 from poise.launch.claim import claimed_by_all
 from poise.launch.devices import Placement
+from poise.launch.digest import digests
 from poise.launch.errors import LaunchError
 from poise.launch.hosts import lost
 from poise.launch.leaves import Layout, host_scalar
@@ -248,6 +249,8 @@ class _Run:
         programs: list[Program] = []
         before = None
         if self.start is not None:
+            leaves = [jax.numpy.asarray(leaf) for leaf in jax.tree.leaves(self.start)]
+            alike(lambda: "".join(digests(leaves)), "start", "it was read from another file, such as that of --teacher")
             self.start = self.placement.everywhere(self.start)
             before = Layout(self.start)
         for phase in self.phases:

@@ -1,6 +1,7 @@
 """A phase of a run, and the compiled program of one of its steps."""
 
 import functools
+import hashlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
 from poise.core import Algorithm, State
+from poise.launch.agreement import alike
 from poise.launch.data import Data, for_host
 from poise.launch.devices import DeviceError, Placement
 from poise.launch.leaves import Layout, from_data, to_data
@@ -97,7 +99,9 @@ class Program:
         self.phase, self._placement = phase, placement
         abstract = None if previous is None else previous.abstract
         whole = for_host(phase.data, 0, 1) if placement.several else phase.data
-        batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, whole.batch(0)))
+        first = whole.batch(0)
+        alike(lambda: _fingerprint(first), f"the first batch of phase {phase.name!r}", "it reads other data")
+        batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, first))
         self.batch = batch
         placement.check_batch(batch, phase.data.batch_axis, phase.name, phase.data.batch_size)
         self._data = for_host(phase.data, *placement.block) if placement.several else phase.data
@@ -235,6 +239,12 @@ def _check_metrics(metrics: Any, phase: Phase, seeds_apart: bool) -> None:
                 f"one number for each of {phase.num_seeds} seeds" if seeds_apart else "a scalar or one number a seed"
             )
             raise ValueError(f"phase {phase.name!r}: metric {name!r} must be {wanted}, got shape {jnp.shape(value)}")
+
+
+def _fingerprint(batch: PyTree) -> str:
+    """A text that is another for another batch."""
+    parts = [(np.shape(leaf), np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(batch)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _finite(live: tuple[Any, ...], seeds_apart: bool) -> Bool[Array, "..."]:

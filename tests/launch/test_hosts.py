@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
-from poise.launch import hosts
+from poise.launch import agreement, hosts
 from poise.launch.agreement import Decisions, agree, exchange, is_main, main_says, only_main
 from poise.launch.checkpoint_tree import restore_tree
 from poise.launch.config import ConfigError
@@ -142,6 +142,29 @@ def test_sigterm_to_one_stops_both_after_the_same_step_and_one_process_goes_on(t
     assert process.returncode == 0, said
     assert f"restored ('student', {step}) trained {12 - step}" in output
     assert_close(two[0], tmp_path)
+
+
+def test_what_is_another_somewhere_is_named_with_the_process(monkeypatch):
+    monkeypatch.setattr(agreement, "several", lambda: True)
+    monkeypatch.setattr(agreement, "exchange", lambda text: [text, text, "other" if text == "own" else text])
+    agreement.alike(lambda: "the same", "it", "why")
+    with pytest.raises(ConfigError, match="^it must be the same in all processes, but is another in process 2: why$"):
+        agreement.alike(lambda: "own", "it", "why")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("differ", "sentence"),
+    [
+        ("data", "the first batch of phase 'teacher' must be the same in all processes, but is another in process 1"),
+        ("start", "start must be the same in all processes, but is another in process 1"),
+    ],
+)
+def test_what_processes_read_by_themselves_must_be_the_same(differ, sentence, tmp_path, environment):
+    codes, errors = finish(*start_two(tmp_path, environment, f"--differ={differ}"))
+    assert codes == [2, 2], errors
+    assert all(sentence in text for text in errors)
+    assert not (tmp_path / "metrics.jsonl").exists() or not rows(tmp_path)
 
 
 @pytest.mark.slow

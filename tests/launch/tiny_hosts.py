@@ -7,6 +7,8 @@ import pathlib
 import sys
 import time
 
+import numpy as np
+
 from poise.launch.config import field
 from poise.launch.execution import ExecutionConfig
 from poise.launch.main import launch
@@ -22,6 +24,7 @@ class Config(ExecutionConfig):
     slow: float = field(0.0, "seconds that each evaluation takes", role="execution", minimum=0.0)
     width: int = field(3, "numbers in an example", minimum=1)
     batch_size: int = field(8, "examples", minimum=1)
+    differ: str = field("", "what is another in each process", role="execution", choices=("", "data", "start"))
     watch: str = field("", "says on stderr which files it opens to write", role="execution", choices=("", "writes"))
 
 
@@ -33,6 +36,14 @@ def tell(event, arguments):
         print(event, name, file=sys.stderr)
 
 
+def own_data(batch_size, cycle=None, width=3):
+    """Examples that no other process has."""
+    from poise.launch.data import InMemory
+
+    rng = np.random.default_rng(os.getpid())
+    return InMemory({"x": rng.normal(size=(40, width)), "y": rng.normal(size=40)}, batch_size, 7, cycle)
+
+
 def run(config, workdir):
     from poise.launch.agreement import is_main
     from poise.launch.loop import fit
@@ -41,10 +52,13 @@ def run(config, workdir):
     spec = importlib.util.spec_from_file_location("tiny_run", path)
     tiny = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tiny)
+    if config.differ == "data":
+        tiny.data = own_data
     result = fit(
         tiny.phases(batch_size=config.batch_size, width=config.width, after_evaluation=lambda: time.sleep(config.slow)),
         workdir=workdir,
         seed=3,
+        start={"w": np.full(3, config.process_id)} if config.differ == "start" else None,
         **config.for_fit(),
     )
     print("restored", result.restored, "trained", result.steps_trained, "main", is_main(), flush=True)
