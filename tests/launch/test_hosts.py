@@ -148,7 +148,7 @@ def test_what_is_another_somewhere_is_named_with_the_process(monkeypatch):
     monkeypatch.setattr(agreement, "several", lambda: True)
     monkeypatch.setattr(agreement, "exchange", lambda text: [text, text, "other" if text == "own" else text])
     agreement.alike(lambda: "the same", "it", "why")
-    with pytest.raises(ConfigError, match="^it must be the same in all processes, but is another in process 2: why$"):
+    with pytest.raises(ConfigError, match=r"^it must be the same in all processes, but is another in process 2: why$"):
         agreement.alike(lambda: "own", "it", "why")
 
 
