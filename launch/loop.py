@@ -389,7 +389,7 @@ class _Run:
         metrics, finite = jax.device_get((pending.metrics, pending.finite))
         bad = [f"metric {name}" for name, value in metrics.items() if not np.isfinite(value).all()]
         if finite is not None:
-            fine = np.atleast_2d(finite).all(axis=0)  # over seeds
+            fine = np.asarray(np.atleast_2d(finite).all(axis=0))  # over seeds
             bad += [f"state {leaf}" for leaf, whole in zip(program.inexact_names, fine, strict=True) if not whole]
         if bad:
             more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
