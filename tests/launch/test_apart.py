@@ -1,6 +1,7 @@
 """Runs in an object store by processes that see different folders: two on this machine, each with a scratch folder."""
 
 import concurrent.futures
+import errno
 import fcntl
 import importlib.util
 import json
@@ -18,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -299,7 +301,6 @@ class World:
             monkeypatch.setattr(module, "several", lambda: True)
             monkeypatch.setattr(module, "exchange", self.exchange)
         monkeypatch.setattr(agreement, "is_main", lambda: self.local.index == 0)
-        monkeypatch.setattr(jax, "process_index", lambda: self.local.index)
         for module in (claim, mirror):
             monkeypatch.setattr(module, "workdir_path", lambda workdir: folders[self.local.index])
         monkeypatch.setattr(claim, "prepare_workdir", lambda workdir: None)
@@ -334,7 +335,10 @@ def world(tmp_path, monkeypatch):
     folders = [tmp_path / name for name in ("a", "a_again", "b", "b_again")]
     for folder in folders[1::2]:
         folder.symlink_to(tmp_path / folder.name[0])
-    return World(folders, monkeypatch)
+    processes = World(folders, monkeypatch)
+    monkeypatch.setattr(jax, "process_index", lambda: processes.local.index)
+    monkeypatch.setattr(jax, "process_count", lambda: len(folders))
+    return processes
 
 
 def write_checkpoint(folder, phase, step, words="numbers", frozen="frozen"):
@@ -503,10 +507,11 @@ def test_frozen_parts_that_were_made_again_are_those_of_the_newest_checkpoint(tm
     prepare_workdir(RUN)
     with claimed_workdir(RUN):
         write_checkpoint(made, "01_b", 6, frozen="the same, in another file")
-    own, folder = follow(tmp_path, [])
+    own, folder = follow(tmp_path, said := [])
     monkeypatch.setenv("POISE_SCRATCH", str(tmp_path / "another"))
     prepare_workdir(RUN)
     own.refresh()
+    assert said == []  # of the ones before, which the older checkpoint lists
     with claimed_workdir(RUN):
         for place in (folder, workdir_path(RUN)):
             assert saved_here(place)[-1] == Saved("01_b", 6)
@@ -593,7 +598,21 @@ def test_damaged_frozen_parts_are_written_anew_by_process_0(tmp_path):
     verify_by_itself(home, read_frozen_manifest(home))
 
 
-def test_a_checkpoint_that_process_0_cannot_write_is_told(tmp_path):
-    (tmp_path / "checkpoints").write_text("no folder")
-    with pytest.raises(CheckpointError, match=r"checkpoints/00_a/3 can't be written: "):
-        save(tmp_path, 3, True)
+def test_a_checkpoint_that_process_0_cannot_write_is_told(tmp_path, monkeypatch):
+    def refuse(self, *arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", refuse)
+    world = World([tmp_path / "one", tmp_path / "two"], monkeypatch)
+    state = {"w": jnp.zeros(3)}
+    layout = Layout(state)
+
+    def action(index):
+        store = CheckpointStore(world.folders[index] / "checkpoints", [("a", 9)], 0, 2, print, True)
+        store.save(0, 3, layout, *layout.split(state), {"a": 1.0})
+
+    for error in world.run(action):
+        assert type(error) is CheckpointError
+        sentence = f"the checkpoint {tmp_path}/one/checkpoints/00_a/3 can't be written: No space left on device; "
+        assert str(error).startswith(sentence)
+    assert not (tmp_path / "two").exists()
