@@ -32,28 +32,36 @@ def bring(
     Raises:
       BadCommit: if one is missing or another.
     """
-    for name, (size, _) in files.items():
+
+    def here(name: str) -> bool:
+        path, (size, wanted) = folder / name, files[name]
+        return path.is_file() and path.stat().st_size == size and digest(path) == wanted
+
+    def one(name: str) -> None:
+        size, wanted = files[name]
+        if here(name):
+            return
         if name not in names:
             raise BadCommit(f"its object {name} is missing")
         if names[name].size != size:
             raise BadCommit(f"its object {name} has {names[name].size} bytes, not {size}")
-
-    def one(name: str) -> None:
-        path, (size, wanted) = folder / name, files[name]
-        if path.is_file() and path.stat().st_size == size and digest(path) == wanted:
-            return
         try:
-            store.get(name, path)
+            store.get(name, folder / name)
         except MissingObject:
             raise BadCommit(f"its object {name} is missing") from None
-        if digest(path) != wanted:
+        if digest(folder / name) != wanted:
             raise BadCommit(f"its object {name} is not what its digest says")
 
     at_once(one, files)
 
 
 def bring_checkpoint(
-    store: ObjectStore, folder: pathlib.Path, saved: Saved, names: Mapping[str, Any], digest: Digest = digest_of
+    store: ObjectStore,
+    folder: pathlib.Path,
+    saved: Saved,
+    names: Mapping[str, Any],
+    log: Callable[[str], None],
+    digest: Digest = digest_of,
 ) -> set[str]:
     """Brings one checkpoint down, with the frozen parts beside it as far as they are whole.
 
@@ -62,6 +70,7 @@ def bring_checkpoint(
       folder: its folder.
       saved: the checkpoint.
       names: the objects under the address.
+      log: gets a sentence for each frozen part that isn't whole.
       digest: gives a file's SHA-256.
 
     Returns:
@@ -70,23 +79,10 @@ def bring_checkpoint(
     Raises:
       BadCommit: if it isn't whole; nothing of it is left here.
     """
-    try:
-        files, frozen = read_commit(saved, store.read(saved.commit))
-        bring(store, folder, files, names, digest)
-    except (BadCommit, MissingObject) as error:
-        shutil.rmtree(folder / saved.folder, ignore_errors=True)
-        if isinstance(error, MissingObject):
-            raise BadCommit("it was removed a moment ago") from error
-        raise
-    homes: dict[str, dict[str, tuple[int, str]]] = {}
-    for name, facts in frozen.items():
-        homes.setdefault("/".join(name.split("/")[:3]), {})[name] = facts
-    for home, parts in homes.items():
-        try:
-            bring(store, folder, parts, names, digest)
-        except BadCommit:  # whether it is needed, and can be made again, is known when it is read
-            shutil.rmtree(folder / home, ignore_errors=True)
-    return {*files, *frozen}
+    kept, damaged = bring_all(store, folder, [saved], names, log, digest)
+    for error in damaged.values():
+        raise error
+    return kept
 
 
 def bring_all(
@@ -94,20 +90,59 @@ def bring_all(
     folder: pathlib.Path,
     there: Iterable[Saved],
     names: Mapping[str, Any],
+    log: Callable[[str], None],
     digest: Digest = digest_of,
 ) -> tuple[set[str], dict[Saved, BadCommit]]:
-    """Brings checkpoints down, see :func:`bring_checkpoint`; the newest last, whose frozen parts are what counts.
+    """Brings checkpoints down, see :func:`bring_checkpoint`; of frozen parts what the newest says is what counts.
 
     Returns:
       The names of their files, and what was wrong with those that aren't whole.
     """
     kept, damaged = set[str](), {}
+    homes: dict[str, Files] = {}
     for saved in sorted(there):
         try:
-            kept |= bring_checkpoint(store, folder, saved, names, digest)
+            files, frozen = _commit_of(store, saved)
+            bring(store, folder, files, names, digest)
         except BadCommit as error:
+            shutil.rmtree(folder / saved.folder, ignore_errors=True)
             damaged[saved] = error
+        else:
+            kept |= {*files, *frozen}
+            homes |= _homes(frozen)
+    _bring_frozen(store, folder, homes, names, log, digest)
     return kept, damaged
+
+
+def _commit_of(store: ObjectStore, saved: Saved) -> tuple[Files, Files]:
+    try:
+        return read_commit(saved, store.read(saved.commit))
+    except MissingObject as error:
+        raise BadCommit("it was removed a moment ago") from error
+
+
+def _homes(frozen: Files) -> dict[str, Files]:
+    """The files of frozen parts, by the parts' folders."""
+    homes: dict[str, dict[str, tuple[int, str]]] = {}
+    for name, facts in frozen.items():
+        homes.setdefault("/".join(name.split("/")[:3]), {})[name] = facts
+    return {**homes}
+
+
+def _bring_frozen(
+    store: ObjectStore,
+    folder: pathlib.Path,
+    homes: Mapping[str, Files],
+    names: Mapping[str, Any],
+    log: Callable[[str], None],
+    digest: Digest = digest_of,
+) -> None:
+    for home, files in homes.items():
+        try:
+            bring(store, folder, files, names, digest)
+        except BadCommit as error:  # whether it is needed, and can be made again, is known when it is read
+            shutil.rmtree(folder / home, ignore_errors=True)
+            log(f"warning: the frozen part {store.address}/{home} can't be brought to this machine: {error}")
 
 
 def bring_missing(
@@ -118,23 +153,41 @@ def bring_missing(
     log: Callable[[str], None],
 ) -> None:
     """Brings down what a folder lacks of its run; files are known by their sizes alone, and later ones stay."""
+    homes: dict[str, Files] = {}
     for saved in sorted(there):
-        if not _has(store, folder, saved):
-            try:
-                bring_checkpoint(store, folder, saved, names)
-            except BadCommit as error:
-                log(passed_over(store.address, saved, error))
+        try:
+            files, frozen = _commit_of(store, saved)
+            if not _has(folder, files):
+                bring(store, folder, files, names)
+            homes |= _homes(frozen)
+        except BadCommit as error:
+            shutil.rmtree(folder / saved.folder, ignore_errors=True)
+            log(passed_over(store.address, saved, error))
+    lacking = {home: files for home, files in homes.items() if not _has(folder, files)}
+    _bring_frozen(store, folder, lacking, names, log)
     missing = [name for name in others_in(names) if not (folder / name).is_file()]
     at_once(lambda name: store.get(name, folder / name), missing)
 
 
-def _has(store: ObjectStore, folder: pathlib.Path, saved: Saved) -> bool:
-    try:
-        files, frozen = read_commit(saved, store.read(saved.commit))
-    except (BadCommit, MissingObject):
-        return False
-    paths = {folder / name: size for name, (size, _) in {**files, **frozen}.items()}
+def _has(folder: pathlib.Path, files: Files) -> bool:
+    paths = {folder / name: size for name, (size, _) in files.items()}
     return all(path.is_file() and path.stat().st_size == size for path, size in paths.items())
+
+
+def lost_there(store: ObjectStore, folder: pathlib.Path, there: Iterable[Saved]) -> dict[str, pathlib.Path]:
+    """The files of checkpoints that are whole here and, by name or size, not in the store that lists them."""
+    homes: dict[str, Files] = {}
+    for saved in sorted(there):
+        with contextlib.suppress(BadCommit):
+            files, frozen = _commit_of(store, saved)
+            homes |= {saved.folder: files, **_homes(frozen)}
+    names, lost = store.names(CHECKPOINTS), {}
+    for name, (size, wanted) in ((name, facts) for files in homes.values() for name, facts in files.items()):
+        if name not in names or names[name].size != size:
+            with contextlib.suppress(FileNotFoundError):  # not here either
+                if digest_of(folder / name) == wanted:
+                    lost[name] = folder / name
+    return lost
 
 
 def keep_only(folder: pathlib.Path, kept: Set[str]) -> dict[str, pathlib.Path]:

@@ -35,7 +35,7 @@ class Follower:
         (self._folder / WHOLE).unlink(missing_ok=True)
         with telling(self._log, f"bringing {self._store.address} down"):
             names = self._store.names()
-            kept, damaged = bring_all(self._store, self._folder, saved_there(names), names, self._digest)
+            kept, damaged = bring_all(self._store, self._folder, saved_there(names), names, self._log, self._digest)
         for saved in sorted(damaged, reverse=True):
             self._log(passed_over(self._store.address, saved, damaged[saved]))
         keep_only(self._folder, kept)

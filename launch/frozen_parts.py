@@ -57,12 +57,20 @@ class FrozenParts:
 
         Raises:
           Damaged: if they can't be read and what ``make`` gives isn't the same.
+          CheckpointError: if the system doesn't let them be read, they are another model's, or process 0 has a folder
+            of its own in which they are whole: then nothing is moved.
         """
         try:
             manifest = agree(lambda: read_frozen_manifest(home), Damaged, CheckpointError)
             manifest = matching(home, manifest, layout.frozen_names, layout.abstract_frozen)
             leaves = read_leaves(home, manifest, layout.abstract_frozen, shardings)
         except Damaged as error:
+            if self._apart and self._is_whole(home):
+                raise CheckpointError(
+                    f"the frozen part {home.name} of the checkpoints is whole on process 0 and can't be read on "
+                    f"another machine: {error}; nothing was moved; where its objects in the store are damaged, remove "
+                    f"checkpoints/frozen/{home.name} there, and the same command brings it up again from process 0"
+                ) from error
             self._put_aside(home)
             leaves = make()
             if _name_of(_manifest_of(layout, leaves)) != home.name:
@@ -96,6 +104,18 @@ class FrozenParts:
             write(path, layout.frozen_names, leaves, {"format": FORMAT, "leaves": manifest}, save, self._apart)
         self._last = (leaves, path.name)
         return path.name
+
+    def _is_whole(self, home: pathlib.Path) -> bool:
+        """Whether process 0 can read its own copy."""
+
+        def look() -> bool:
+            try:
+                verify_by_itself(home, read_frozen_manifest(home))
+            except Damaged:
+                return False
+            return True
+
+        return from_main(look, CheckpointError)
 
     def _check(self, path: pathlib.Path, layout: Layout, leaves: Sequence[jax.Array]) -> None:
         if self._apart:

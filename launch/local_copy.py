@@ -15,7 +15,7 @@ from poise.launch.commits import (
     saved_here,
     saved_there,
 )
-from poise.launch.fetch import bring_checkpoint
+from poise.launch.fetch import bring_checkpoint, say
 from poise.launch.lock import LOCK_FILE
 from poise.launch.mirror import mirror_of
 from poise.launch.object_store import (
@@ -149,7 +149,7 @@ def _bring_newest(store: ObjectStore, folder: pathlib.Path, within: str, names: 
         if within not in ("", saved.phase, f"{saved.phase}/{saved.step}"):
             continue
         try:
-            bring_checkpoint(store, folder, saved, names)
+            bring_checkpoint(store, folder, saved, names, say)
             return
         except BadCommit as error:
             damage = damage or error

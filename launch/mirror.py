@@ -37,7 +37,7 @@ from poise.launch.commits import (
 )
 from poise.launch.config import ConfigError
 from poise.launch.errors import LaunchError
-from poise.launch.fetch import all_damaged, bring_all, bring_missing, keep_only, passed_over, say, telling
+from poise.launch.fetch import all_damaged, bring_all, bring_missing, keep_only, lost_there, passed_over, say, telling
 from poise.launch.files import atomic_path
 from poise.launch.lease import Lease, LeaseLost
 from poise.launch.lock import workdir_lock
@@ -127,7 +127,7 @@ class Mirror:
 
     def _bring_down(self, names: Mapping[str, Any]) -> None:
         (self._folder / WHOLE).unlink(missing_ok=True)
-        kept, damaged = bring_all(self._store, self._folder, self._there, names)
+        kept, damaged = bring_all(self._store, self._folder, self._there, names, self.log)
         if damaged and len(damaged) == len(self._there):
             from poise.launch.manifest import CheckpointError
 
@@ -138,7 +138,8 @@ class Mirror:
         if BEGUN not in names:  # whether they are whole is known when they are read
             others += [name for name in names if name.startswith(f"{CHECKPOINTS}/") and name not in kept]
         at_once(lambda name: self._store.get(name, self._folder / name), others)
-        self._sent |= {name: _state(path) for name, path in keep_only(self._folder, {*kept, *others}).items()}
+        here = keep_only(self._folder, {*kept, *others}).items()
+        self._sent |= {name: _state(path) for name, path in here if name in names}
 
     def _clean(self, names: Mapping[str, Any]) -> None:
         """Removes what an upload or a removal that was cut off left."""
@@ -203,6 +204,8 @@ class Mirror:
             if self._given_up.wait(0.02):
                 return
         self._sync()
+        if path is None:
+            self._mend()
 
     def _sync(self) -> None:
         """Makes the store what the folder is, in the order that the module's description gives."""
@@ -264,8 +267,16 @@ class Mirror:
         del self._there[saved]
         self._each(self._store.remove, self._store.names(saved.folder))
 
+    def _mend(self) -> None:
+        """Puts up again what went missing in the store, or was cut off there, since a checkpoint listed it."""
+        lost = lost_there(self._store, self._folder, self._there)
+        if lost:
+            self._lease.check()
+            self._each(lambda name: self._store.put(lost[name], name), lost)
+            self.log(f"{len(lost)} files of checkpoints were missing in {self._store.address} and are there again")
+
     def bring_up(self) -> None:
-        """Brings up what changed, and waits until all is in the store.
+        """Brings up what changed, and what the store lost of its checkpoints, and waits until all is there.
 
         Raises:
           CheckpointError: if something can't be brought up, or the address was lost.
