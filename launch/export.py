@@ -127,14 +127,14 @@ def load_student(path: str | os.PathLike) -> Student:
       >>> load_student("runs/none")
       Traceback (most recent call last):
       ...
-      FileNotFoundError: no student at runs/none: is the run finished?
+      FileNotFoundError: no student at runs/none: is the run finished? (One of --recipe=mixture2d has none.)
     """
     from safetensors import SafetensorError, safe_open
 
     file = local_copy(path)
     file = file / "student.safetensors" if file.is_dir() else file
     if not file.is_file():
-        raise FileNotFoundError(f"no student at {file}: is the run finished?")
+        raise FileNotFoundError(f"no student at {file}: is the run finished? (One of --recipe=mixture2d has none.)")
     try:
         with safe_open(file, framework="numpy") as reader:
             metadata = reader.metadata() or {}

@@ -25,6 +25,7 @@ from poise.launch.digest import digests
 from poise.launch.files import atomic_path
 from poise.launch.ptq_activations import act_bits_of, quantized_forward
 from poise.launch.ptq_methods import round_network
+from poise.launch.progress import Console
 from poise.launch.quantized_files import load_quantized, save_quantized
 from poise.launch.results import text_table, write_report
 from poise.launch.workdir import settle_data
@@ -73,10 +74,12 @@ def quantize_all(config: "PTQConfig", images: Images, variables: PyTree, workdir
         _write(workdir / ROWS, done)
     calibration = images.calibration(config.calibration_images)
     wanted = {name_of(config, method, bits): (method, bits) for bits in config.bits for method in config.method_names}
-    for name, (method, bits) in wanted.items():
+    console = Console()
+    for number, (name, (method, bits)) in enumerate(wanted.items(), 1):
         path = workdir / f"{name}.safetensors"
         if name in done and path.exists():
             continue
+        console.line(f"{method} at {bits} bits, {number} of {len(wanted)}")
         rounded = round_network(config, method, bits, model, variables["params"], calibration)
         save_quantized(path, rounded.params)
         judged = judge(config, images, model, jitted, target, path)
