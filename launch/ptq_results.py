@@ -23,9 +23,9 @@ from poise.launch.classifier import (
 from poise.launch.config import ConfigError
 from poise.launch.digest import digests
 from poise.launch.files import atomic_path
+from poise.launch.progress import Console
 from poise.launch.ptq_activations import act_bits_of, quantized_forward
 from poise.launch.ptq_methods import round_network
-from poise.launch.progress import Console
 from poise.launch.quantized_files import load_quantized, save_quantized
 from poise.launch.results import text_table, write_report
 from poise.launch.workdir import settle_data
