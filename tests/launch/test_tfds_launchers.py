@@ -37,8 +37,8 @@ class PoisePictures(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, seed, number):
         rng = np.random.default_rng(seed)
         for i in range(number):
-            pixels = rng.integers(0, 128, (8, 8, 3), np.uint8)
-            pixels[4 * (i % 2) : 4 * (i % 2) + 4] += 64
+            pixels = rng.integers(0, 64, (8, 8, 3), np.uint8)
+            pixels[4 * (i % 2) : 4 * (i % 2) + 4] += 128
             file = io.BytesIO()
             Image.fromarray(pixels).save(file, "PNG")
             file.seek(0)
