@@ -123,10 +123,11 @@ def _commit_of(store: ObjectStore, saved: Saved) -> tuple[Files, Files]:
 
 def _homes(frozen: Files) -> dict[str, Files]:
     """The files of frozen parts, by the parts' folders."""
-    homes: dict[str, dict[str, tuple[int, str]]] = {}
+    homes: dict[str, Files] = {}
     for name, facts in frozen.items():
-        homes.setdefault("/".join(name.split("/")[:3]), {})[name] = facts
-    return {**homes}
+        home = "/".join(name.split("/")[:3])
+        homes[home] = {**homes.get(home, {}), name: facts}
+    return homes
 
 
 def _bring_frozen(

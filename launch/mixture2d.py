@@ -170,7 +170,7 @@ def _write_results(
     write_report(workdir / "report.json", report, ("poise", "jax", "flax", "optax"))
     fields = {
         "teacher's density": np.exp(np.asarray(mixture.log_prob(grid, 0.0))),
-        "student's density": np.exp(np.asarray(student.log_prob(grid, 0.0))),
+        "student's density, one Gaussian": np.exp(np.asarray(student.log_prob(grid, 0.0))),
         f"log ratio, exact (noise {_LEVEL})": np.asarray(exact),
         f"log ratio, learned (noise {_LEVEL})": np.asarray(learned),
     }

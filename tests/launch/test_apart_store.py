@@ -1,20 +1,26 @@
 """What becomes of a run whose machines share no folder where the store or one machine lost a part of a checkpoint."""
 
 import contextlib
+import fcntl
 import importlib.util
 import pathlib
+import re
 import shutil
+import socket
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from poise.launch import checkpoint
+from poise.launch import checkpoint, claim
 from poise.launch.checkpoint import CheckpointStore
 from poise.launch.commits import saved_here
 from poise.launch.follower import Follower
 from poise.launch.leaves import Layout
+from poise.launch.lock import WorkdirLocked
 from poise.launch.manifest import CheckpointError
 from poise.launch.mirror import claimed_workdir, mirror_of
 from poise.launch.object_store import ObjectStore
@@ -171,3 +177,20 @@ def test_a_frozen_part_that_process_0_lacks_is_made_again(machines):
     assert (machines.folders[0] / "checkpoints" / "damaged").is_dir()
     machines.claim()
     assert machines.restore() == [(1, 6)] * 2
+
+
+def test_a_follower_waits_for_its_folder_as_long_as_a_killed_run_may_hold_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(claim, "HEARTBEAT_SECONDS", 0)
+    monkeypatch.setattr(claim, "_LEAVING_SECONDS", 0.1)
+    with (tmp_path / ".lock").open("a") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with (
+            pytest.raises(WorkdirLocked, match=f"^on {re.escape(socket.gethostname())}: another launcher"),
+            claim._lock_in_time(tmp_path),
+        ):
+            raise AssertionError
+        monkeypatch.setattr(claim, "_LEAVING_SECONDS", 30)
+        began = time.monotonic()
+        threading.Timer(0.6, lambda: fcntl.flock(other, fcntl.LOCK_UN)).start()
+        with claim._lock_in_time(tmp_path):
+            assert time.monotonic() - began > 0.5
